@@ -1,0 +1,74 @@
+"""CLIP's text model (Radford et al. 2021), from transformers, behind the original checkpoint's keys."""
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .config import TextParams
+from .errors import InstructionError, TokenizerError
+
+LENGTH = 77  # tokens, the first and the last of which mark the ends
+
+
+class TextEncoder(nn.Module):
+    """Token ids to the context that the UNet attends to: the last hidden state, after the final layer norm."""
+
+    def __init__(self, config: TextParams, tokenizer_folders: tuple[str | Path, ...] = ()):
+        super().__init__()
+        self.config, self.tokenizer_folders = config, tokenizer_folders
+        self.transformer = CLIPTextModel(CLIPTextConfig(**vars(config.text_config), attn_implementation="sdpa"))
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids: (B, 77) integers -> (B, 77, D)."""
+        return self.transformer(input_ids=token_ids).last_hidden_state
+
+    def tokenize(self, texts: list[str], truncate: bool = False) -> Tensor:
+        """Instructions to (B, 77) token ids: a start token, the words, end tokens to the end.
+
+        Raises InstructionError for a text of more than 75 tokens (unless `truncate`) and for words that a small
+        model does not know, TokenizerError where CLIP's tokenizer files are needed and not found.
+        """
+        text_config = self.config.text_config
+        rows = torch.full((len(texts), LENGTH), text_config.pad_token_id)
+        for row, text in zip(rows, texts):
+            ids = self._words(text) if self.config.words else self._clip.encode(text, add_special_tokens=False)
+            if len(ids) > LENGTH - 2 and not truncate:
+                kept, cut = (self._text(part) for part in (ids[: LENGTH - 2], ids[LENGTH - 2 :]))
+                raise InstructionError(
+                    f"the instruction has {len(ids)} tokens and the model reads {LENGTH - 2}: shorten it. "
+                    f'After "...{kept[-40:]}" this would be cut: "{cut}"'
+                )
+            ids = [text_config.bos_token_id, *ids[: LENGTH - 2], text_config.eos_token_id]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
+
+    def _words(self, text: str) -> list[int]:
+        words = text.lower().replace(",", " ").replace(".", " ").split()
+        unknown = [word for word in words if word not in self.config.words]
+        if unknown:
+            raise InstructionError(
+                f"the small model does not know {', '.join(map(repr, unknown))}; "
+                f"its words are: {' '.join(self.config.words)}"
+            )
+        return [self.config.words.index(word) for word in words]
+
+    def _text(self, ids: list[int]) -> str:
+        return " ".join(self.config.words[i] for i in ids) if self.config.words else self._clip.decode(ids)
+
+    @cached_property
+    def _clip(self) -> CLIPTokenizer:
+        """CLIP's tokenizer: from the named folders, else from the hub's cache; never from the network."""
+        for folder in self.tokenizer_folders:
+            if all((Path(folder) / name).is_file() for name in ("vocab.json", "merges.txt")):
+                return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        try:
+            return CLIPTokenizer.from_pretrained(self.config.version, local_files_only=True)
+        except OSError as error:
+            raise TokenizerError(
+                f"no tokenizer: vocab.json and merges.txt of {self.config.version} are neither in "
+                f"{' nor '.join(map(str, self.tokenizer_folders)) or 'a named folder'} nor in the hub's cache. "
+                "Run `emilie download --tokenizer` once, or copy the two files into weights/tokenizer/"
+            ) from error
