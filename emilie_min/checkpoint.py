@@ -8,9 +8,13 @@ the named tensors are read, one at a time from a memory map, cast on the way to 
 import json
 import mmap
 import os
+import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +42,15 @@ RELEASED = {
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                       "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-                      "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+                      "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+                      "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 
-# Calls that a pickle may ask for and that stay uncalled: NumPy scalars among a trainer's records.
-HARMLESS_CALLS = {"numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"}
+# Calls that a pickle may ask for and that stay uncalled: values among a trainer's records.
+HARMLESS_CALLS = {"numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+                  "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+                  "collections.defaultdict", "builtins.frozenset", "pathlib.PosixPath",
+                  "pathlib.WindowsPath"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,20 +78,33 @@ def index(path: str | Path) -> dict[str, Entry]:
     Raises CheckpointError for a file that is missing, truncated (naming the tensor and the missing bytes), of another
     format, or that would run code when read.
     """
-    path = Path(path)
+    try:
+        entries = _index(Path(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except CheckpointError as error:  # may quote the file: nothing of it reaches the terminal but plain characters
+        raise CheckpointError("".join(c if c.isprintable() else "?" for c in str(error)[:500])) from error
+    strange = next((key for key in entries if not key.isprintable() or len(key) > 500), None)
+    if strange is not None:
+        raise CheckpointError(f"{path} holds a tensor called {strange[:80]!r}: these are no weights")
+    return entries
+
+
+def _index(path: Path) -> dict[str, Entry]:
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder: give the single .ckpt or .safetensors file in the original layout")
     if not path.is_file():
         raise CheckpointError(f"no weights at {path}: `emilie download` fetches the released ones")
     with open(path, "rb") as f:
-        head = f.read(9)
+        head, size = f.read(9), os.fstat(f.fileno()).st_size
     if head[8:9] == b"{":
         entries = _index_safetensors(path)
     elif head[:2] in (b"PK", b"\x80\x02"):
         entries = _index_pickle(path)
     else:
-        raise CheckpointError(f"{path} ({path.stat().st_size} bytes) is neither a .safetensors file nor a .ckpt saved by PyTorch")
-    size = path.stat().st_size
+        hint = ": a Git LFS pointer, so run `git lfs pull`" if head.startswith(b"version ") else ""
+        hint = ": a web page, so the download went wrong" if head.lower().startswith((b"<!doc", b"<html")) else hint
+        raise CheckpointError(f"{path} ({size} bytes) is neither a .safetensors file nor a .ckpt of PyTorch's{hint}")
     for key, entry in sorted(entries.items(), key=lambda item: item[1].offset):
         if entry.offset + entry.nbytes > size:
             short = max(e.offset + e.nbytes for e in entries.values()) - size
@@ -90,31 +112,52 @@ def index(path: str | Path) -> dict[str, Entry]:
     return entries
 
 
-def _index_safetensors(path: Path) -> dict[str, Entry]:
+def _header(path: Path) -> tuple[dict, int]:
+    """A safetensors file's table of contents, and where its tensors' bytes begin. Raises CheckpointError."""
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        text = f.read(min(length, 100_000_000))
+        if length > HEADER_LIMIT:
+            raise CheckpointError(f"{path} is no .safetensors file, or broken: its header would have {length} bytes")
+        text = f.read(length)
     if len(text) < length:
         raise CheckpointError(f"{path} is truncated: it ends within its header, {length - len(text)} bytes short")
-    entries = {}
     try:
-        for key, record in json.loads(text).items():
-            if key == "__metadata__":
-                continue
-            shape = tuple(record["shape"])
-            stride = [1]
-            for n in reversed(shape[1:]):
-                stride.insert(0, stride[0] * n)
-            dtype = SAFETENSORS_DTYPES[record["dtype"]]
-            entry = Entry(dtype, shape, tuple(stride[: len(shape)]), 8 + length + record["data_offsets"][0])
-            if entry.nbytes != record["data_offsets"][1] - record["data_offsets"][0]:
-                raise CheckpointError(f"{path}: {key} is {shape} {dtype} by its header but has other bytes than that")
-            entries[key] = entry
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: its header cannot be read ({type(error).__name__}: {error})") from error
+        return json.loads(text), 8 + length
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its header cannot be read ({error})") from error
+
+
+def _index_safetensors(path: Path) -> dict[str, Entry]:
+    header, begin = _header(path)
+    entries = {}
+    for key, record in header.items():
+        if key == "__metadata__":
+            continue
+        try:
+            dtype, shape, (start, end) = record["dtype"], tuple(record["shape"]), record["data_offsets"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: its header has no dtype, shape and place of {key}") from error
+        if str(dtype) not in SAFETENSORS_DTYPES:
+            raise CheckpointError(f"{path}: {key} has the dtype {dtype}, which is not known here")
+        if any(type(n) is not int or n < 0 for n in (*shape, start, end)):
+            raise CheckpointError(f"{path}: its header gives {key} an impossible shape or place")
+        stride = [1]
+        for n in reversed(shape[1:]):
+            stride.insert(0, stride[0] * n)
+        entry = Entry(SAFETENSORS_DTYPES[dtype], shape, tuple(stride[: len(shape)]), begin + start)
+        if entry.nbytes != end - start:
+            raise CheckpointError(f"{path}: {key} is {_by(shape)} {dtype} by its header but has other bytes than that")
+        entries[key] = entry
     return entries
+
+
+def metadata(path: str | Path) -> dict[str, str] | None:
+    """What the writer of a .safetensors file noted in it; None for another format. Raises as `index` does."""
+    with open(path, "rb") as f:
+        if f.read(9)[8:] != b"{":
+            return None
+    notes = _header(Path(path))[0].get("__metadata__")
+    return {str(key): str(note) for key, note in notes.items()} if isinstance(notes, dict) else {}
 
 
 def _index_pickle(path: Path) -> dict[str, Entry]:
@@ -131,32 +174,54 @@ def _index_pickle(path: Path) -> dict[str, Entry]:
         with open(path, "rb") as f:
             zipped = f.read(2) == b"PK"
         raise CheckpointError(
-            explain(path) if zipped else f"{path} is in PyTorch's format from before 1.6: load and save it anew"
+            explain(path)
+            if zipped
+            else f"{path} is a bare pickle, as PyTorch wrote them before 1.6: load it with PyTorch and save it anew"
         )
     try:
+        records = _records(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         placeholders = [(_Placeholder(name, (), {}), name) for name in names]
         with FakeTensorMode(), torch.serialization.safe_globals(placeholders):
             state = torch.load(path, weights_only=True)
+        state = state.get("state_dict", state) if isinstance(state, dict) else {}
+        state = state if isinstance(state, dict) else {}
+        tensors = {key: t for key, t in state.items() if isinstance(key, str) and isinstance(t, Tensor)}
+        entries = {key: _placed(key, t, records) for key, t in tensors.items()}
     except CheckpointError as error:
         raise CheckpointError(f"{path} is refused: {error}") from error
     except Exception as error:  # whatever unpickling a hostile or broken file can raise
         lines = str(error).partition("WeightsUnpickler error:")[2] or str(error).rpartition("trusted source.")[2]
         reason = next((line.strip() for line in lines.splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(f"{path} is refused, nothing of it was run: {reason}") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    tensors = {key: t for key, t in state.items() if isinstance(t, Tensor)}
-    if not tensors:
+    if not entries:
         raise CheckpointError(f"{path} holds no state_dict of tensors")
-    return {
-        key: Entry(
-            t.dtype,
-            tuple(t.shape),
-            t.stride(),
-            t.untyped_storage()._checkpoint_offset + t.storage_offset() * t.dtype.itemsize,
-        )
-        for key, t in tensors.items()
-    }
+    return entries
+
+
+def _records(path: Path) -> dict[int, int]:
+    """Where each record of a zip file begins, and its length. Those of other machines or tools are refused."""
+    records = {}
+    with zipfile.ZipFile(path) as z, open(path, "rb") as f:
+        for record in z.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError("its tensors are compressed. Load it with PyTorch and save it anew")
+            if record.filename.endswith("byteorder") and z.read(record) != b"little":
+                raise CheckpointError("its numbers are big-endian. Save it anew on a common machine")
+            f.seek(record.header_offset + 26)
+            records[record.header_offset + 30 + sum(struct.unpack("<2H", f.read(4)))] = record.file_size
+    return records
+
+
+def _placed(key: str, t: Tensor, records: dict[int, int]) -> Entry:
+    """A fake tensor's place in the file, if all of it lies in the record that is its storage."""
+    begin, skipped = getattr(t.untyped_storage(), "_checkpoint_offset", None), t.storage_offset() * t.dtype.itemsize
+    if begin not in records:
+        raise CheckpointError(f"{key} has no record of its own. Load it with PyTorch and save it anew")
+    entry = Entry(t.dtype, tuple(t.shape), t.stride(), begin + skipped)
+    if skipped + entry.nbytes > records[begin]:
+        raise CheckpointError(f"{key} reaches beyond its record. Fetch it again")
+    return entry
 
 
 class _Placeholder(type):
@@ -171,7 +236,7 @@ class _Placeholder(type):
 
     def __call__(cls, *args):
         if cls.__name__ not in HARMLESS_CALLS:
-            raise CheckpointError(f"it wants {cls.__name__} called, and weights have no need of that. Nothing was run")
+            raise CheckpointError(f"it wants {cls.__name__} called, which no weights need. Nothing of it was run")
         return object.__new__(cls)
 
 
@@ -210,13 +275,15 @@ def file_keys(networks: dict[str, nn.Module], keys) -> tuple[dict[str, dict[str,
 
     EMA weights are what the original samples with; they stand under the parameter's name without its dots.
     """
-    ema = any(key.startswith(EMA) for key in keys)
+    ema = any(key.startswith(EMA + "diffusion_model") for key in keys)  # pruned copies may keep the counters alone
     named = any(key.startswith(TEXT + "text_model.") for key in keys)
 
     def unet(name: str) -> str:
         return EMA + ("diffusion_model." + name).replace(".", "") if ema else RAW + name
 
-    def text(name: str) -> str:  # transformers 5 says "transformer.encoder...", the file "transformer.text_model.enc..."
+    def text(
+        name: str,
+    ) -> str:  # transformers 5: "transformer.encoder..."; the file: "transformer.text_model.encoder..."
         name = name.removeprefix("transformer.").removeprefix("text_model.")
         return TEXT + ("text_model." if named else "") + name
 
@@ -243,6 +310,8 @@ def check(networks: dict[str, nn.Module], entries: dict[str, Entry], what: str) 
                 missing.append(key)
             elif entries[key].shape != shapes[name]:
                 misshapen.append(f"{key} is {_by(entries[key].shape)} and should be {_by(shapes[name])}")
+            elif not entries[key].dtype.is_floating_point:
+                misshapen.append(f"{key} holds {entries[key].dtype} and should hold floating-point numbers")
     rules = {**DROPPED, "raw UNet weights beside the EMA ones": lambda key: family == "EMA" and key.startswith(RAW)}
     extra = []
     for key in entries.keys() - {key for names in wanted.values() for key in names.values()}:
@@ -317,11 +386,18 @@ def write(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]
 
 def write_bytes(data: bytes, path: str | Path) -> None:
     """A file, whole or not at all. Raises OSError and leaves nothing behind."""
+    with replacing(path) as f:
+        f.write(data)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that takes `path`'s place when the block ends, and leaves no trace if the block raises."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as f:
-            f.write(data)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""What can go wrong, as types. Every message is one line that says what to do; the command prints it and exits with 2."""
+"""What can go wrong, as types. Every message is one line that says what to do; the command prints it and exits 2."""
 
 
 class EmilieError(ValueError):

@@ -1,4 +1,4 @@
-"""Say where a torch.save file breaks off. Its directory is at its end, so a truncated one must be walked from its start.
+"""Say where a torch.save file breaks off. Its directory is at its end, so a truncated one is walked from its start.
 
 Used for one error message. The pickle in front is read by an unpickler that knows no class at all, so nothing runs.
 """
@@ -25,7 +25,7 @@ class _Stub:
         pass
 
 
-class _Names(pickle.Unpickler):
+class _Names(pickle._Unpickler):  # in Python: the one in C can be made to ask for all memory
     """Reads the nesting of dicts and, as persistent ids, the storages; imports nothing."""
 
     def find_class(self, module: str, name: str):
@@ -40,14 +40,19 @@ class _Names(pickle.Unpickler):
 
 def explain(path: str | Path) -> str:
     """One line: within which tensor the file ends, and how many bytes it is short at least."""
-    size = Path(path).stat().st_size
+    try:
+        inside, short = _end(Path(path))
+    except Exception:  # broken off within its first record, or not what torch.save writes
+        return f"{path} is truncated within its table of contents, or no file that torch.save wrote. Fetch it again"
+    return f"{path} is truncated: it ends within {inside}, {short} bytes short at least. Fetch it again"
+
+
+def _end(path: Path) -> tuple[str, int]:
+    size = path.stat().st_size
     with open(path, "rb") as f:
         position, _ = _record(f, 0)
         f.seek(position)
-        try:
-            state = _Names(f).load()
-        except Exception:  # broken off within its first record, or not what torch.save writes
-            return f"{path} is truncated within its table of contents, or no file that torch.save wrote"
+        state = _Names(f).load()
         state = state.get("state_dict", state)
         storages = {}  # storage -> (bytes, the first tensor in it), in the order in which they are written
         for key, tensor in state.items():
@@ -70,7 +75,7 @@ def explain(path: str | Path) -> str:
                 break
             left -= nbytes
             position = start + nbytes
-    return f"{path} is truncated: it ends within {inside}, {max(left, 1)} bytes short at least. Fetch it again"
+    return inside, max(left, 1)
 
 
 def _record(f: io.BufferedReader, position: int) -> tuple[int, str]:

@@ -1,0 +1,298 @@
+"""The command `emilie`. Bad input is one line on stderr and exit code 2; PyTorch is imported only when needed."""
+
+import argparse
+import errno
+import os
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+from .errors import CanvasError, EmilieError, InstructionError, MaskError
+
+GATES, RESCALES, ITERATES = ("anchor", "eq8", "guidance"), ("paper", "signed", "exact", "none"), ("latent", "image")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line for an error."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; the exit code: 0, 2 for bad input, 130 when interrupted."""
+    args = parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"emilie: note: {message}", file=sys.stderr)
+            args.run(args)
+        return 0
+    except EmilieError as error:
+        print(f"emilie: error: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR):
+            raise
+        print(f"emilie: error: cannot write {error.filename or ''}: {error.strerror}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nemilie: interrupted; what was written before is complete", file=sys.stderr)
+        return 130
+    return 2
+
+
+def parser() -> Parser:
+    top = Parser(prog="emilie", description="Edit a picture by instructions, one after another (EMILIE, WACV 2024).")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, run, help: str) -> Parser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    demo = command("demo", run_demo, "Edit a scene of the small world by four instructions with the model that ships.")
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the pictures (out/demo)")
+    demo.add_argument("--seed", type=int, default=0, help="another scene, other instructions (default: 0)")
+    add_model_options(demo)
+
+    edit = command("edit", run_edit, "Edit a picture by one instruction after another, each anywhere or in a mask.")
+    edit.add_argument("input", metavar="IMAGE", help="the picture; may be left out with a --canvas that exists")
+    edit.add_argument("instructions", metavar="INSTRUCTION", nargs="*", help="what to change; several are done in turn")
+    edit.add_argument("--mask", action="append", default=[], metavar="N=FILE", help="edit N only where FILE is white")
+    edit.add_argument("--box", action="append", default=[], metavar="N=X0,Y0,X1,Y1", help="edit N only in this box, px")
+    edit.add_argument("--soft", action="store_true", help="keep the masks' greys instead of thresholding them")
+    edit.add_argument("--gate", choices=GATES, default="anchor", help="what a mask does (default: anchor)")
+    edit.add_argument("--keep-background", action="store_true", help="outside a mask keep the pixels, to the bit")
+    edit.add_argument("--rescale", choices=RESCALES, default="paper", help="how the factor f is found (default: paper)")
+    edit.add_argument("--iterate", choices=ITERATES, default="latent", help="what the next edit starts from")
+    edit.add_argument("--steps", type=int, help="sampling steps; more is slower and finer")
+    edit.add_argument("--text-scale", type=float, help="how strongly to follow the instruction")
+    edit.add_argument("--image-scale", type=float, help="how closely to stay with the picture")
+    edit.add_argument("--resolution", type=resolution, help='longer side to work at, in px, or "native"')
+    edit.add_argument("--input-size", action="store_true", help="write pictures at the input's size")
+    edit.add_argument("--seed", type=int, default=0, help="of all noise (default: 0)")
+    edit.add_argument("--canvas", type=Path, metavar="FILE", help="keep the session here; goes on with one that exists")
+    edit.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the pictures")
+    add_model_options(edit)
+
+    info = command("info", run_info, "Tell what a weight file is: families, dtype, size, which model it fits.")
+    info.add_argument("file", type=Path)
+    info.add_argument("--sha256", action="store_true", help="also hash the file and say whether it is the released one")
+
+    convert = command("convert", run_convert, "Write the one family of weights that inference needs, about 2.1 GB.")
+    convert.add_argument("input", type=Path)
+    convert.add_argument("output", type=Path, metavar="OUT.safetensors")
+    convert.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    convert.add_argument("--config", help="config of a model that is not built in (YAML)")
+    convert.add_argument("--overwrite", action="store_true")
+
+    download = command("download", run_download, "Fetch the released weights (7.7 GB) and CLIP's tokenizer, once.")
+    download.add_argument("--out", type=Path, default=Path("weights"), metavar="DIR", help="default: weights")
+    download.add_argument("--tokenizer", action="store_true", help="only the tokenizer files")
+
+    evaluate = command("toy-eval", run_toy_eval, "Measure the model that ships against the small world's ground truth.")
+    evaluate.add_argument("--scenes", type=int, default=200, help="unseen scenes (default: 200)")
+    evaluate.add_argument("--out", type=Path, help="also write the figures here, as JSON")
+    evaluate.add_argument("--quick", action="store_true", help="autoencoder and single edits only")
+    add_model_options(evaluate)
+    return top
+
+
+def add_model_options(sub: Parser) -> None:
+    sub.add_argument("--weights", help="a .ckpt or .safetensors file (default: the small model that ships)")
+    sub.add_argument("--config", help="ip2p, sd15, toy or a YAML file (default: told by the weights)")
+    sub.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder with CLIP's vocab.json and merges.txt")
+    sub.add_argument("--device", help="cuda, cpu, ... (default: the best here)")
+    sub.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on CUDA, else float32"
+    )
+
+
+def resolution(text: str) -> int | str:
+    return text if text == "native" else int(text)
+
+
+def load_editor(args: argparse.Namespace):
+    from .emilie import load
+
+    editor = load(args.weights, args.config, args.device, args.dtype, args.tokenizer)
+    print(f"{editor.model}: {editor.report.family} weights, {editor.dtype}, {editor.device}".replace("torch.", ""))
+    return editor
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from .strip import strip
+    from .toy import world
+    from .toy.judge import judge
+
+    folder = writable(args.out)
+    started = time.time()
+    editor = load_editor(args)
+    scene = world.scene(args.seed)
+    canvas = editor.open(world.render(scene), seed=args.seed)
+    print(f"wrote {save_picture(canvas.image, folder / '0_input.png')}")
+    cells, right = [(canvas.image, "input", None)], 0
+    plan = (("recolour", False), ("add", True), ("background", False), ("style", False))
+    for i, (kind, masked) in enumerate(plan, 1):
+        text, scene, mask = world.instruct(scene, args.seed, kind)
+        image = edit_with_bar(canvas, i, text, mask if masked else None)
+        verdict = judge(image, scene)
+        right += verdict.correct
+        print(f"wrote {save_picture(image, folder / f'{i}.png')}: {verdict.why or 'as it should be'}")
+        cells.append((image, text + (" (in the mask)" if masked else ""), mask if masked else None))
+    print(f"wrote {save_picture(strip(cells), folder / 'strip.png')}")
+    print(f"{right} of 4 pictures are what the instructions ask for; {time.time() - started:.0f} s")
+
+
+def run_edit(args: argparse.Namespace) -> None:
+    from . import images
+    from .emilie import open_canvas
+    from .strip import strip
+
+    going_on = args.canvas is not None and args.canvas.exists()
+    if going_on and not Path(args.input).is_file():
+        args.input, args.instructions = None, [args.input, *args.instructions]
+    if not args.instructions:
+        raise InstructionError('no instruction: say what to change, as in `emilie edit photo.png "make it winter"`')
+    for text in args.instructions:
+        if not text.strip():
+            raise InstructionError("an instruction is empty: say what to change")
+    masks = read_masks(args, len(args.instructions))
+    if args.input is None and args.input_size:
+        raise CanvasError("--input-size needs the picture as first argument: the canvas keeps its working size only")
+    original = images.read_image(args.input) if args.input is not None else None
+    folder = writable(args.out)
+    if args.canvas is not None:
+        writable(args.canvas.parent)
+
+    editor = load_editor(args)
+    if going_on:
+        canvas = open_canvas(args.canvas, editor)
+        opened = canvas.states[0].image
+        if original is not None and images.fit(original, opened.size).tobytes() != opened.tobytes():
+            raise CanvasError(f"{args.canvas} is a session on another picture than {args.input}")
+    else:
+        canvas = editor.open(original, args.seed, args.resolution)
+    for mask in masks.values():  # so that the last edit's mask does not fail after an hour of edits
+        images.latent_mask(
+            images.read_mask(mask, canvas.original_size, canvas.image.size), editor.vae.factor, soft=args.soft
+        )
+    editor.text.tokenize(args.instructions)
+
+    name = unused_name(folder, Path(args.input or args.canvas).stem)
+    session = args.canvas or folder / f"{name}.canvas.safetensors"
+    cells = [(canvas.image, "input" if canvas.at == 0 else canvas.state.instruction, None)]
+    for i, text in enumerate(args.instructions, 1):
+        image = edit_with_bar(
+            canvas,
+            i,
+            text,
+            masks.get(i),
+            steps=args.steps,
+            text_scale=args.text_scale,
+            image_scale=args.image_scale,
+            gate=args.gate,
+            soft=args.soft,
+            rescale=args.rescale,
+            iterate=args.iterate,
+            keep_background=args.keep_background and i in masks,
+        )
+        cells.append((image, text, canvas.state.mask))
+        out = images.unfit(image, original) if args.input_size else image
+        path = save_picture(out, folder / f"{name}_{canvas.at}.png")
+        canvas.save(session)
+        print(f"wrote {path} and {session}")
+    print(f"wrote {save_picture(strip(cells), folder / f'{name}_strip.png')}")
+
+
+def edit_with_bar(canvas, number: int, text: str, mask, **settings):
+    from tqdm import tqdm
+
+    steps = settings.get("steps") or canvas.editor.config.sampling.steps
+    with tqdm(total=steps, desc=f"{number}. {text}", leave=True) as bar:
+        return canvas.edit(text, mask, callback=lambda _: bar.update(), **settings)
+
+
+def read_masks(args: argparse.Namespace, edits: int) -> dict:
+    """--mask N=FILE and --box N=X0,Y0,X1,Y1 -> {N: path or box}."""
+    masks = {}
+    for option, values in (("--mask", args.mask), ("--box", args.box)):
+        for value in values:
+            number, _, what = value.partition("=")
+            if not number.isdecimal() or not what:
+                example = "2=mask.png" if option == "--mask" else "2=10,10,200,200"
+                raise MaskError(f"{option} {value}: say which edit it is for, as in {option} {example}")
+            if not 1 <= int(number) <= edits:
+                raise MaskError(f"{option} {value}: there is no edit {number}, only 1 to {edits}")
+            if int(number) in masks:
+                raise MaskError(f"{option} {value}: edit {number} has a mask already")
+            if option == "--box":
+                try:
+                    what = tuple(int(v) for v in what.split(","))
+                except ValueError:
+                    raise MaskError(f"{option} {value}: a box is four whole numbers X0,Y0,X1,Y1") from None
+                if len(what) != 4:
+                    raise MaskError(f"{option} {value}: a box is four whole numbers X0,Y0,X1,Y1")
+            masks[int(number)] = what
+    if args.keep_background and not masks:
+        raise MaskError("--keep-background needs a --mask or --box: without one there is no background")
+    return masks
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if need be, once a file could be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise EmilieError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from error
+    return folder
+
+
+def unused_name(folder: Path, stem: str) -> str:
+    """`stem`, or `stem-2`, ...: the first under which nothing was written, so that no run overwrites another."""
+    number, name = 1, stem
+    while any(folder.glob(f"{name}_[0-9]*.png")):
+        number += 1
+        name = f"{stem}-{number}"
+    return name
+
+
+def save_picture(image, path: Path) -> Path:
+    """A PNG, whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        image.save(partial, format="PNG")
+        os.replace(partial, path)
+    except OSError as error:
+        raise EmilieError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def run_info(args: argparse.Namespace) -> None:
+    from .files import info
+
+    print(info(args.file, sha256=args.sha256))
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    import torch
+
+    from .files import convert
+
+    print(convert(args.input, args.output, getattr(torch, args.dtype), config=args.config, overwrite=args.overwrite))
+
+
+def run_download(args: argparse.Namespace) -> None:
+    from .files import download
+
+    print(download(args.out, tokenizer_only=args.tokenizer))
+
+
+def run_toy_eval(args: argparse.Namespace) -> None:
+    from .toy.evaluate import evaluate
+
+    evaluate(load_editor(args), args.scenes, args.out, quick=args.quick)

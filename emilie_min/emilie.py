@@ -1,0 +1,521 @@
+"""EMILIE's Algorithm 1: one canvas, instruction after instruction, each starting from the latent of the one before.
+
+`Editor` holds the networks; `Canvas` is one picture's session, a tree of `State`s. Two scales of latent meet here.
+A *diffusion-scale* latent z (unit variance) is what sampling produces and what a state keeps. An *image latent* z_img
+(the encoder's output, unscaled) is what the UNet wants stacked onto its input. The paper's factor f leads from one to
+the other: z_img = f z. For the first edit z_img is simply E(I).
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from . import checkpoint, images, sampling
+from .config import BUILT_IN, Config, load_config
+from .errors import CanvasError, CheckpointError, EmilieError, InstructionError, MaskError, SamplingError
+from .text import TextEncoder
+from .unet import UNetModel
+from .vae import AutoencoderKL
+
+RESCALES = ("paper", "signed", "exact", "none")
+ITERATES = ("latent", "image")
+FORMAT = "emilie canvas 1"
+
+
+def load(
+    weights: str | Path | None = None,
+    config: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+) -> "Editor":
+    """Networks from a file, ready to edit.
+
+    weights: None = the small model that ships, a .ckpt or .safetensors path, or "random"; config: "ip2p", "sd15",
+    "toy", a YAML path, or None = told by the file's tensors; device, dtype: None = CUDA in float16 if there is one,
+    else CPU in float32; tokenizer: a folder with CLIP's vocab.json and merges.txt. Raises CheckpointError, ConfigError.
+    """
+    device = _device(device)
+    if dtype is None:
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+    elif isinstance(dtype, str):
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise EmilieError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
+        dtype = getattr(torch, dtype)
+    folders = weights_folders()
+    if weights is None:
+        found = [folder / "toy.safetensors" for folder in folders if (folder / "toy.safetensors").is_file()]
+        weights = found[0] if found else folders[0] / "toy.safetensors"
+
+    entries = None
+    if weights == "random":
+        config = config or "toy"
+    else:
+        entries = checkpoint.index(weights)
+        if config is None:
+            config = checkpoint.fits(entries)
+            if config is None:
+                raise CheckpointError(f"{weights} is {checkpoint.describe(entries)}")
+    name, config = str(config), load_config(config)
+    params = config.model.params
+    tokenizers = ([Path(tokenizer)] if tokenizer else []) + [f / sub for f in folders for sub in ("tokenizer", ".")]
+    with torch.device("cpu" if weights == "random" else "meta"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # for "random"; nothing is drawn on the meta device
+        networks = {
+            "unet": UNetModel(params.unet_config.params),
+            "vae": AutoencoderKL(params.first_stage_config.params),
+            "text": TextEncoder(params.cond_stage_config.params, tuple(tokenizers)),
+        }
+    if weights == "random":
+        report = checkpoint.Report("random")
+        for network in networks.values():
+            network.to(device, dtype).requires_grad_(False).eval()
+    else:
+        report = checkpoint.load(networks, weights, device, dtype, entries)
+    model = f"{name if name in BUILT_IN else Path(name).stem}/{Path(weights).name}"
+    return Editor(config, **networks, device=device, dtype=dtype, model=model, report=report)
+
+
+def weights_folders() -> list[Path]:
+    """Where weights and tokenizers are looked for: ./weights, the clone's weights/, the installed package's."""
+    here = Path(__file__).resolve().parent
+    return [Path("weights"), here.parent / "weights", here / "weights"]
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise EmilieError(f"device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def random_latent(shape: tuple[int, ...], *key: object) -> Callable[..., Tensor]:
+    """A stream of unit normal latents that follows from `key` alone; drawn on the CPU, so the same on every device."""
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little", signed=True)
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *_: torch.randn(shape, generator=generator)
+
+
+class Editor:
+    """InstructPix2Pix: three networks, and how they denoise together."""
+
+    def __init__(
+        self,
+        config: Config,
+        unet: nn.Module,
+        vae: nn.Module,
+        text: nn.Module,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        model: str = "",
+        report: checkpoint.Report | None = None,
+    ):
+        params = config.model.params
+        self.config, self.unet, self.vae, self.text = config, unet, vae, text
+        self.device, self.dtype, self.model, self.report = torch.device(device), dtype, model, report
+        self.scale_factor = params.scale_factor
+        self.alphas_cumprod = sampling.alphas_cumprod(params.linear_start, params.linear_end, params.timesteps)
+        self.log_sigmas = sampling.log_sigmas(self.alphas_cumprod)
+
+    @torch.no_grad()
+    def encode(self, image: Image.Image) -> Tensor:
+        """A working picture to its image latent, the posterior's mode, unscaled: (1, 4, h, w) float32."""
+        return self.vae.encode(images.to_tensor(image).to(self.device, self.dtype)).float()
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """A diffusion-scale latent (B, 4, h, w) to pixels (B, 3, H, W) float32, not clamped.
+
+        Where half precision overflows, the decoder runs again in float32, with a warning.
+        """
+        if not z.isfinite().all():
+            raise SamplingError(f"the sampled latent is not finite: {self.dtype} overflowed, use --dtype float32")
+        z = z.to(self.device) / self.scale_factor
+        image = self.vae.decode(z.to(self.dtype)).float()
+        if not image.isfinite().all() and self.dtype != torch.float32:
+            warnings.warn(f"decoding overflowed in {self.dtype}: decoded again in float32", stacklevel=2)
+            image = self.vae.float().decode(z.float())
+            self.vae.to(self.dtype)
+        if not image.isfinite().all():
+            raise SamplingError("decoding gave numbers that are not finite: are these the right weights?")
+        return image
+
+    @torch.no_grad()
+    def context(self, instructions: list[str]) -> Tensor:
+        """Instructions to what the UNet attends to: (B, 77, D). Raises InstructionError, TokenizerError."""
+        return self.text(self.text.tokenize(instructions).to(self.device))
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        z_img: Tensor,
+        cond: Tensor,
+        uncond: Tensor,
+        text_scale: float | Tensor,
+        image_scale: float | Tensor,
+    ) -> Tensor:
+        """Guided denoised latent: the three branches of InstructPix2Pix (Brooks et al. 2023, Eq. 3) as one batch.
+
+        x: (B, 4, h, w) at noise level sigma (scalar or (B,)); z_img: (B or 1, 4, h, w), unscaled; cond, uncond:
+        (B or 1, 77, D), of the instruction and of "" -> (B, 4, h, w) float32.
+        """
+        b = x.shape[0]
+        x, z_img = x.float(), z_img.float().expand(b, -1, -1, -1)
+        cond, uncond = cond.expand(b, -1, -1), uncond.expand(b, -1, -1)
+        sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu").expand(b)
+        t = sampling.sigma_to_t(sigma, self.log_sigmas).float().to(x.device)
+        sigma = sigma.float().to(x.device)[:, None, None, None]
+
+        z_t = x / (sigma**2 + 1).sqrt()
+        z_null = torch.zeros_like(z_img)
+        stacked = torch.cat([torch.cat([z_t, z], dim=1) for z in (z_img, z_img, z_null)])  # (3B, 8, h, w)
+        context = torch.cat([cond, uncond, uncond])
+        eps = self.unet(stacked.to(self.dtype), t.repeat(3), context.to(self.dtype)).float()
+        branches = sampling.to_denoised(eps, x.repeat(3, 1, 1, 1), sigma.repeat(3, 1, 1, 1)).chunk(3)
+        return sampling.guide(*branches, text_scale, image_scale)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        z_img: Tensor,
+        cond: Tensor,
+        uncond: Tensor,
+        sigmas: Tensor,
+        noise_init: Tensor,
+        noise_sampler: Callable[[float, float], Tensor],
+        mask: Tensor | None = None,
+        gate: str = "anchor",
+        source: Tensor | None = None,
+        text_scale: float = 7.5,
+        image_scale: float = 1.5,
+        callback: Callable[[dict], None] | None = None,
+    ) -> Tensor:
+        """One edit: from unit noise to a diffusion-scale latent (B, 4, h, w) float32, gated by a mask (Eq. 8).
+
+        z_img: (B or 1, 4, h, w), unscaled; noise_init: (B, 4, h, w); `noise_sampler(sigma, sigma_next)` -> the same;
+        mask: (B or 1, 1, h, w) in [0, 1]; gate: "anchor" leads back to `source` outside the mask (diffusion scale,
+        default scale_factor * z_img), "eq8" sets eps to zero there, "guidance" gates the instruction's term alone.
+        """
+        if gate not in sampling.GATES:
+            raise SamplingError(f"unknown gate {gate!r}: choose from {', '.join(sampling.GATES)}")
+        if mask is None:
+            text_map, source = text_scale, None
+        else:
+            mask = mask.to(self.device, torch.float32)
+            text_map = mask * text_scale if gate == "guidance" else text_scale
+            source = (self.scale_factor * z_img if source is None else source).to(self.device, torch.float32)
+        z_img = z_img.to(self.device)
+        return sampling.sample_euler_ancestral(
+            lambda x, sigma: self.denoise(x, sigma, z_img, cond, uncond, text_map, image_scale),
+            noise_init.to(self.device, torch.float32) * sigmas[0].item(),
+            sigmas,
+            lambda sigma, sigma_next: noise_sampler(sigma, sigma_next).to(self.device),
+            mask=None if gate == "guidance" else mask,
+            source=source if gate == "anchor" else None,
+            callback=callback,
+        )
+
+    def open(self, image: images.Picture, seed: int = 0, resolution: int | str | None = None) -> "Canvas":
+        """A canvas for a picture: path, PIL image or array.
+
+        resolution: of the longer side in px, "native", or None = what the model's config names; sides become
+        multiples of the config's `multiple`, native ones of what the networks need. Raises ImageError.
+        """
+        if self.unet.in_channels != 2 * self.config.model.params.channels:
+            raise CheckpointError(
+                f"{self.model} takes {self.unet.in_channels} channels and editing needs 8, a noisy latent and the "
+                "picture's: these are Stable Diffusion weights; get InstructPix2Pix's with `emilie download`"
+            )
+        defaults = self.config.sampling
+        original = images.read_image(image)
+        multiple = self.vae.factor * 2**self.unet.halvings if resolution == "native" else defaults.multiple
+        size = images.fit_size(original.size, resolution or defaults.resolution, multiple)
+        picture = images.fit(original, size)
+        with _memory_told(size):
+            z_img = self.encode(picture).cpu()
+        root = State("", self.scale_factor * z_img, picture)
+        z_init = random_latent(tuple(z_img.shape), seed, "init")()
+        return Canvas(self, seed, original.size, z_init, z_img, [root])
+
+
+@dataclass
+class State:
+    """A node in the tree of edits: what an instruction led to, and how. State 0 is the picture as it was opened."""
+
+    instruction: str
+    latent: Tensor  # diffusion scale, (1, 4, h, w) float32 on the CPU
+    image: Image.Image
+    parent: int | None = None
+    mask: Image.Image | None = None  # at working size
+    settings: dict = field(default_factory=dict)
+    f: float | None = None  # the factor with which the parent's latent became z_img; None: z_img was encoded
+
+
+@dataclass
+class Canvas:
+    """One picture's session (Alg. 1): z_init drawn once, every edit from the latent of the one before."""
+
+    editor: Editor
+    seed: int
+    original_size: tuple[int, int]  # (width, height) of the picture that was opened
+    z_init: Tensor
+    z_img: Tensor  # E(I) of the opened picture
+    states: list[State]
+    at: int = 0  # the state that the next edit starts from
+    undone: list[int] = field(default_factory=list)
+
+    @property
+    def state(self) -> State:
+        return self.states[self.at]
+
+    @property
+    def image(self) -> Image.Image:
+        """The current picture, at working size."""
+        return self.state.image
+
+    @property
+    def latent(self) -> Tensor:
+        """The current latent in diffusion scale, (1, 4, h, w) float32."""
+        return self.state.latent
+
+    @property
+    def history(self) -> list[State]:
+        """The edits that led to the current picture, first to last."""
+        path, i = [], self.at
+        while self.states[i].parent is not None:
+            path.append(self.states[i])
+            i = self.states[i].parent
+        return path[::-1]
+
+    def edit(
+        self,
+        instruction: str,
+        mask: images.Picture | images.Box | None = None,
+        *,
+        steps: int | None = None,
+        text_scale: float | None = None,
+        image_scale: float | None = None,
+        gate: str = "anchor",
+        soft: bool = False,
+        rescale: str = "paper",
+        iterate: str = "latent",
+        keep_background: bool = False,
+        seed: int | None = None,
+        allow_empty: bool = False,
+        callback: Callable[[dict], None] | None = None,
+    ) -> Image.Image:
+        """Follow an instruction, inside a mask if there is one, and make the result the current state.
+
+        mask: picture, array or box, see `images.read_mask`; `soft` keeps its greys. steps and scales: None = the
+        config's. gate: see `Editor.sample`. rescale: how f is found, see `image_latent`. iterate: "latent" is Alg. 1,
+        "image" encodes the current picture instead (what Fig. 2 compares against). keep_background: outside the
+        mask keep the current picture's pixels to the bit. seed: of the noise added between steps, default the
+        canvas's; two edits at the same depth of a canvas draw the same noise. allow_empty: permit the instruction "",
+        to study drift. callback: see `sampling.sample_euler_ancestral`. An edit that fails changes nothing.
+        Raises EmilieError.
+        """
+        editor, parent, defaults = self.editor, self.state, self.editor.config.sampling
+        settings = {
+            "steps": defaults.steps if steps is None else steps,
+            "text_scale": float(defaults.text_scale if text_scale is None else text_scale),
+            "image_scale": float(defaults.image_scale if image_scale is None else image_scale),
+            "gate": gate,
+            "soft": soft,
+            "rescale": rescale,
+            "iterate": iterate,
+            "keep_background": keep_background,
+            "seed": self.seed if seed is None else seed,
+        }
+        _check_settings(settings)
+        if not isinstance(instruction, str):
+            raise InstructionError(f"an instruction is a text, not {type(instruction).__name__}")
+        if not instruction.strip() and not allow_empty:
+            raise InstructionError("the instruction is empty: say what to change")
+        pixel_mask = gate_mask = None
+        if mask is not None:
+            pixel_mask = images.read_mask(mask, self.original_size, parent.image.size)
+            gate_mask = images.latent_mask(pixel_mask, editor.vae.factor, soft)
+        elif keep_background:
+            raise MaskError("keep_background needs a mask: without one there is no background")
+        cond, uncond = editor.context([instruction, ""]).split(1)
+
+        with _memory_told(parent.image.size):
+            z_img, f = self.image_latent(rescale, iterate)
+            latent = editor.sample(
+                z_img,
+                cond,
+                uncond,
+                sampling.get_sigmas(settings["steps"], editor.alphas_cumprod),
+                self.z_init,
+                random_latent(tuple(self.z_init.shape), settings["seed"], "edit", len(self.history)),
+                mask=gate_mask,
+                gate=gate,
+                source=parent.latent if iterate == "latent" else None,
+                text_scale=settings["text_scale"],
+                image_scale=settings["image_scale"],
+                callback=callback,
+            ).cpu()
+            image = images.to_image(editor.decode(latent))
+        if keep_background:
+            image = images.paste(image, parent.image, pixel_mask, feather=editor.vae.factor // 2)
+        self.states.append(State(instruction, latent, image, self.at, pixel_mask, settings, f))
+        self.at, self.undone = len(self.states) - 1, []
+        return image
+
+    def image_latent(self, rescale: str = "paper", iterate: str = "latent") -> tuple[Tensor, float | None]:
+        """z_img for the next edit, unscaled (1, 4, h, w), and the f that made it: z_img = f z (Alg. 1).
+
+        f has to undo the factor by which diffusion-scale latents are smaller than the encoder's output, and the paper
+        estimates it from the decoded picture: "paper": avg|E(D(z))| / avg|z|, the ratio of mean magnitudes;
+        "signed": avg E(D(z)) / avg z to the letter, whose means can cancel, so it is refused where it is not
+        within a factor of 4 of "paper"; "exact": 1 / scale_factor, what is estimated; "none": 1, to show why f is needed.
+        """
+        editor, z = self.editor, self.state.latent
+        if self.state.parent is None:
+            return self.z_img, None
+        if iterate == "image":
+            return editor.encode(self.image), None
+        if rescale in ("exact", "none"):
+            f = 1 / editor.scale_factor if rescale == "exact" else 1.0
+            return f * z, f
+        with torch.no_grad():
+            again = editor.vae.encode(editor.decode(z).to(editor.dtype)).float().cpu()
+        f = paper = (again.abs().mean() / z.abs().mean()).item()
+        if rescale == "signed":
+            f = (again.mean() / z.mean()).item()
+            if not 0.25 < f / paper < 4:
+                raise SamplingError(f"rescale='signed' gives f = {f:.3g} where 'paper' gives {paper:.3g}: use that")
+        return f * z, f
+
+    def undo(self) -> Image.Image:
+        """Back to the state that the current one was made from. Raises CanvasError at the beginning."""
+        if self.state.parent is None:
+            raise CanvasError("nothing to undo: this is the picture as it was opened")
+        self.undone.append(self.at)
+        self.at = self.state.parent
+        return self.image
+
+    def redo(self) -> Image.Image:
+        """Take back the last undo. Raises CanvasError if there is none since the last edit."""
+        if not self.undone:
+            raise CanvasError("nothing to redo")
+        self.at = self.undone.pop()
+        return self.image
+
+    def branch(self, state: int) -> Image.Image:
+        """Go to any state of the tree by its number in `states`, 0 the opened picture; the next edit starts there.
+
+        Raises CanvasError for a number that is none.
+        """
+        if not 0 <= state < len(self.states):
+            raise CanvasError(f"no state {state}: this canvas has states 0 to {len(self.states) - 1}")
+        self.at, self.undone = state, []
+        return self.image
+
+    def save(self, path: str | Path) -> None:
+        """The whole session as one .safetensors file, written whole or not at all. Raises CanvasError."""
+        tensors = {"z_init": self.z_init, "z_img": self.z_img}
+        for i, state in enumerate(self.states):
+            tensors[f"{i}.latent"] = state.latent
+            tensors[f"{i}.image"] = torch.from_numpy(np.array(state.image))
+            if state.mask is not None:
+                tensors[f"{i}.mask"] = torch.from_numpy(np.array(state.mask))
+        about = {
+            "model": self.editor.model,
+            "seed": self.seed,
+            "original_size": self.original_size,
+            "at": self.at,
+            "undone": self.undone,
+            "states": [
+                {"instruction": s.instruction, "parent": s.parent, "settings": s.settings, "f": s.f}
+                for s in self.states
+            ],
+        }
+        try:
+            checkpoint.write(tensors, path, {"format": FORMAT, "canvas": json.dumps(about)})
+        except OSError as error:
+            raise CanvasError(f"{path}: cannot write the canvas: {error.strerror or error}") from error
+
+
+def open_canvas(path: str | Path, editor: Editor) -> Canvas:
+    """A canvas that `Canvas.save` wrote. To go on with it gives what an uninterrupted session gives, bit for bit.
+
+    Warns where it was made with other weights. Raises CanvasError for another kind of file, and where the editor's
+    latents have another shape.
+    """
+    from safetensors import safe_open
+
+    if not Path(path).is_file():
+        raise CanvasError(f"no canvas at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CanvasError(f"{path} is no canvas of this version: its format is {metadata.get('format')!r}")
+            about = json.loads(metadata["canvas"])
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+        states = []
+        for i, record in enumerate(about["states"]):
+            mask = Image.fromarray(tensors[f"{i}.mask"].numpy()) if f"{i}.mask" in tensors else None
+            image = Image.fromarray(tensors[f"{i}.image"].numpy())
+            states.append(State(latent=tensors[f"{i}.latent"], image=image, mask=mask, **record))
+        canvas = Canvas(
+            editor,
+            about["seed"],
+            tuple(about["original_size"]),
+            tensors["z_init"],
+            tensors["z_img"],
+            states,
+            about["at"],
+            about["undone"],
+        )
+        width, height = canvas.image.size
+    except CanvasError:
+        raise
+    except Exception as error:  # whatever a broken or foreign file leads to
+        raise CanvasError(f"{path} cannot be read as a canvas: {str(error).splitlines()[0]}") from error
+    shape = (1, editor.config.model.params.channels, height // editor.vae.factor, width // editor.vae.factor)
+    if tuple(canvas.latent.shape) != shape:
+        raise CanvasError(f"{path} was made with {about['model']}, whose latents {editor.model} cannot use")
+    if about["model"] != editor.model:
+        warnings.warn(f"{path} was made with {about['model']} and goes on with {editor.model}", stacklevel=2)
+    return canvas
+
+
+def _check_settings(settings: dict) -> None:
+    """Raises SamplingError for what no edit can use."""
+    for key, allowed in (("gate", sampling.GATES), ("rescale", RESCALES), ("iterate", ITERATES)):
+        if settings[key] not in allowed:
+            raise SamplingError(f"unknown {key} {settings[key]!r}: choose from {', '.join(allowed)}")
+    if not isinstance(settings["steps"], int) or not 1 <= settings["steps"] <= 1000:
+        raise SamplingError(f"steps must be a whole number from 1 to 1000, not {settings['steps']}")
+    for key in ("text_scale", "image_scale"):
+        if not np.isfinite(settings[key]):
+            raise SamplingError(f"{key} must be a finite number, not {settings[key]}")
+
+
+@contextmanager
+def _memory_told(size: tuple[int, int]):
+    """Say what to lower when the GPU's memory does not suffice."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise SamplingError(
+            f"CUDA is out of memory at {size[0]}x{size[1]} px: lower --resolution, use --dtype float16, "
+            "or close what else uses the GPU"
+        ) from error

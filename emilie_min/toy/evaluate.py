@@ -1,0 +1,166 @@
+"""`emilie toy-eval`: the shipped model measured against the small world, where every right answer is known.
+
+Scenes come from seeds below `train.FIRST_SEED`, so training never saw them. Every edit goes through `Canvas.edit`.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from .. import images
+from ..emilie import RESCALES, Canvas, Editor
+from ..errors import SamplingError
+from ..sampling import GATES
+from . import world
+from .judge import judge, psnr
+
+FIRST = 10**6  # the first evaluation scene's seed
+TURNS = 4
+DRIFT_TURNS = 16
+
+
+def share(outcomes: list[bool]) -> float:
+    return round(float(np.mean(outcomes)), 4) if outcomes else float("nan")
+
+
+def through_autoencoder(editor: Editor, image: Image.Image) -> Image.Image:
+    """A picture encoded and decoded: what no edit can do better than."""
+    return images.to_image(editor.decode(editor.scale_factor * editor.encode(image)))
+
+
+def autoencoder(editor: Editor, scenes: int) -> dict:
+    """True after-scenes encoded, decoded and judged; the bound on everything below."""
+    right, quality = [], []
+    for seed in tqdm(range(FIRST, FIRST + scenes), desc="truth through the autoencoder"):
+        _, steps = world.chain(seed, 1)
+        picture = world.render(steps[0][1])
+        again = through_autoencoder(editor, picture)
+        right.append(judge(again, steps[0][1]).correct)
+        quality.append(psnr(again, picture))
+    return {"scenes": scenes, "judged correct": share(right), "PSNR dB": round(float(np.mean(quality)), 2)}
+
+
+def script(seed: int, kind: str, turns: int, held_out: bool = False) -> tuple[world.Scene, list[tuple]]:
+    """A scene and `turns` instructions in a row, the first of the given kind."""
+    scene = now = world.scene(seed, held_out)
+    steps = []
+    for turn in range(turns):
+        steps.append(world.instruct(now, f"{seed} {turn}", kind if turn == 0 else None, held_out))
+        now = steps[-1][1]
+    return scene, steps
+
+
+def follow(canvas: Canvas, steps: list[tuple], **settings) -> list[bool]:
+    """Give the instructions in turn; for each picture, whether it is the right one."""
+    return [judge(canvas.edit(text, **settings), after).correct for text, after, _ in steps]
+
+
+def edits(editor: Editor, scenes: int) -> dict:
+    """Single edits by kind, and chains of four, by latent and by image iteration from the same first edit."""
+    by_kind, mixed = defaultdict(list), []
+    turns = {"latent": [[] for _ in range(TURNS)], "image": [[] for _ in range(TURNS)]}
+    for i in tqdm(range(scenes), desc=f"single edits and chains of {TURNS}"):
+        kind = world.KINDS[i % len(world.KINDS)]
+        scene, steps = script(FIRST + i, kind, TURNS)
+        canvas = editor.open(world.render(scene), seed=i)
+        first = follow(canvas, steps[:1])
+        by_kind[kind] += first
+        mixed += first
+        for iterate, outcomes in turns.items():
+            canvas.branch(1)
+            done = first + follow(canvas, steps[1:], iterate=iterate)
+            for turn in range(TURNS):
+                outcomes[turn].append(all(done[: turn + 1]))
+    return {
+        "scenes": scenes,
+        "single": share(mixed),
+        "by kind": {kind: share(outcomes) for kind, outcomes in by_kind.items()},
+        **{
+            f"all right up to turn, {iterate} iteration": [share(outcomes) for outcomes in turns]
+            for iterate, turns in turns.items()
+        },
+    }
+
+
+def held_out(editor: Editor, scenes: int) -> dict:
+    """Single edits in scenes with pairs of colour and shape that training never showed."""
+    right = []
+    for i in tqdm(range(scenes), desc="held-out combinations"):
+        scene, steps = script(FIRST + i, world.KINDS[i % len(world.KINDS)], 1, held_out=True)
+        right += follow(editor.open(world.render(scene), seed=i), steps)
+    return {"scenes": scenes, "single": share(right)}
+
+
+def drift(editor: Editor, scenes: int) -> dict:
+    """Fig. 2: PSNR to the first picture after each of 16 turns that ask for nothing, dB."""
+    curves = {"autoencoder alone": [], "image iteration": [], "latent iteration": []}
+    for i in tqdm(range(scenes), desc=f"drift over {DRIFT_TURNS} turns"):
+        first = world.render(world.scene(FIRST + i))
+        again, curve = first, []
+        for _ in range(DRIFT_TURNS):
+            again = through_autoencoder(editor, again)
+            curve.append(psnr(again, first))
+        curves["autoencoder alone"].append(curve)
+        for iterate in ("image", "latent"):
+            canvas = editor.open(first, seed=i)
+            curve = [psnr(canvas.edit("", iterate=iterate, allow_empty=True), first) for _ in range(DRIFT_TURNS)]
+            curves[f"{iterate} iteration"].append(curve)
+    return {name: [round(float(v), 2) for v in np.mean(curve, axis=0)] for name, curve in curves.items()}
+
+
+def rescales(editor: Editor, scenes: int) -> dict:
+    """Chains of four under each way to find f; a refused `signed` counts as wrong."""
+    out = {}
+    for rescale in RESCALES:
+        right, factors, refused = [], [], 0
+        for i in tqdm(range(scenes), desc=f"rescale={rescale}"):
+            scene, steps = script(FIRST + i, world.KINDS[i % len(world.KINDS)], TURNS)
+            canvas = editor.open(world.render(scene), seed=i)
+            try:
+                right.append(all(follow(canvas, steps, rescale=rescale)))
+            except SamplingError:
+                right.append(False)
+                refused += 1
+            factors += [state.f for state in canvas.history if state.f is not None]
+        out[rescale] = {"chains right": share(right), "refused": refused}
+        if factors:
+            out[rescale] |= {"f mean": round(float(np.mean(factors)), 3), "f std": round(float(np.std(factors)), 3)}
+    return {"exact f": round(1 / editor.scale_factor, 3), **out}
+
+
+def gates(editor: Editor, scenes: int) -> dict:
+    """Local edits, each in its mask: right or not, and how far the rest moved from the input, RMS in grey levels."""
+    kinds = [kind for kind in world.KINDS if kind not in ("background", "style")]
+    out = {}
+    for gate in (*GATES, "no mask"):
+        right, moved = [], []
+        for i in tqdm(range(scenes), desc=f"gate={gate}"):
+            scene, [(text, after, mask)] = script(FIRST + i, kinds[i % len(kinds)], 1)
+            canvas = editor.open(world.render(scene), seed=i)
+            before = canvas.image
+            image = canvas.edit(text) if gate == "no mask" else canvas.edit(text, mask, gate=gate)
+            right.append(judge(image, after).correct)
+            apart = np.asarray(image, float) - np.asarray(before, float)
+            moved.append(np.sqrt(np.mean(apart[np.asarray(mask) == 0] ** 2)))
+        out[gate] = {"right": share(right), "outside the mask, RMS": round(float(np.mean(moved)), 2)}
+    return out
+
+
+def evaluate(editor: Editor, scenes: int, out: Path | None = None, quick: bool = False) -> dict:
+    """All of the above, printed and, with `out`, written as JSON. `quick` leaves out what `edits` does not show."""
+    small = max(1, scenes // 4)
+    parts = [(autoencoder, scenes), (edits, scenes)]
+    if not quick:
+        parts += [(held_out, small), (drift, max(1, scenes // 10)), (rescales, small), (gates, small)]
+    settings = editor.config.sampling
+    figures = {"model": editor.model, "steps": settings.steps, "text_scale": settings.text_scale}
+    for measure, n in parts:
+        figures[measure.__name__] = measure(editor, n)
+        print(f"{measure.__name__}: {json.dumps(figures[measure.__name__], indent=2)}")
+        if out:
+            out.write_text(json.dumps(figures, indent=2) + "\n")
+    return figures

@@ -1,0 +1,51 @@
+"""Fixtures: the small model of the reference data: its config, stand-in weights, goldens and networks."""
+
+import pytest
+import torch
+from pseudo import DATA, manifest, state_dict, write_ckpt
+from safetensors.torch import load_file
+
+from emilie_min import checkpoint, files
+from emilie_min.config import load_config
+
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run what writes gigabytes or takes minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="give --slow to run it"))
+
+
+@pytest.fixture(scope="session")
+def goldens():
+    """What the original code computed; data/goldens.json says what each tensor is."""
+    return load_file(DATA / "goldens.safetensors")
+
+
+@pytest.fixture(scope="session")
+def small_config():
+    return load_config(DATA / "small.yaml")
+
+
+@pytest.fixture(scope="session")
+def small_state():
+    return state_dict(manifest("small_manifest"))
+
+
+@pytest.fixture(scope="session")
+def small_ckpt(small_state, tmp_path_factory):
+    return write_ckpt(tmp_path_factory.mktemp("weights") / "small.ckpt", small_state)
+
+
+@pytest.fixture(scope="session")
+def networks(small_config, small_ckpt):
+    """The small model's networks, EMA weights, float32; shared by all tests, so not to be changed."""
+    networks = files.meta_networks(small_config)
+    checkpoint.load(networks, small_ckpt, "cpu", torch.float32)
+    return networks
