@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import math
 import os
 import sys
 import tempfile
@@ -65,9 +66,9 @@ def parser() -> Parser:
     edit.add_argument("--keep-background", action="store_true", help="outside a mask keep the pixels, to the bit")
     edit.add_argument("--rescale", choices=RESCALES, default="paper", help="how the factor f is found (default: paper)")
     edit.add_argument("--iterate", choices=ITERATES, default="latent", help="what the next edit starts from")
-    edit.add_argument("--steps", type=int, help="sampling steps; more is slower and finer")
-    edit.add_argument("--text-scale", type=float, help="how strongly to follow the instruction")
-    edit.add_argument("--image-scale", type=float, help="how closely to stay with the picture")
+    edit.add_argument("--steps", type=count, help="sampling steps; more is slower and finer")
+    edit.add_argument("--text-scale", type=scale, help="how strongly to follow the instruction")
+    edit.add_argument("--image-scale", type=scale, help="how closely to stay with the picture")
     edit.add_argument("--resolution", type=resolution, help='longer side to work at, in px, or "native"')
     edit.add_argument("--input-size", action="store_true", help="write pictures at the input's size")
     edit.add_argument("--seed", type=int, default=0, help="of all noise (default: 0)")
@@ -110,6 +111,18 @@ def add_model_options(sub: Parser) -> None:
 
 def resolution(text: str) -> int | str:
     return text if text == "native" else int(text)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 1000, not {text}")
+    return int(text)
+
+
+def scale(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
+    return float(text)
 
 
 def load_editor(args: argparse.Namespace):
@@ -161,9 +174,6 @@ def run_edit(args: argparse.Namespace) -> None:
     if args.input is None and args.input_size:
         raise CanvasError("--input-size needs the picture as first argument: the canvas keeps its working size only")
     original = images.read_image(args.input) if args.input is not None else None
-    folder = writable(args.out)
-    if args.canvas is not None:
-        writable(args.canvas.parent)
 
     editor = load_editor(args)
     if going_on:
@@ -178,6 +188,9 @@ def run_edit(args: argparse.Namespace) -> None:
             images.read_mask(mask, canvas.original_size, canvas.image.size), editor.vae.factor, soft=args.soft
         )
     editor.text.tokenize(args.instructions)
+    folder = writable(args.out)
+    if args.canvas is not None:
+        writable(args.canvas.parent)
 
     name = unused_name(folder, Path(args.input or args.canvas).stem)
     session = args.canvas or folder / f"{name}.canvas.safetensors"

@@ -244,7 +244,8 @@ class Editor:
         defaults = self.config.sampling
         original = images.read_image(image)
         multiple = self.vae.factor * 2**self.unet.halvings if resolution == "native" else defaults.multiple
-        size = images.fit_size(original.size, resolution or defaults.resolution, multiple)
+        resolution = defaults.resolution if resolution is None else resolution
+        size = images.fit_size(original.size, resolution, multiple)
         picture = images.fit(original, size)
         with _memory_told(size):
             z_img = self.encode(picture).cpu()
