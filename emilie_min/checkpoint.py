@@ -182,8 +182,8 @@ def _index_pickle(path: Path) -> dict[str, Entry]:
         records = _records(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         placeholders = [(_Placeholder(name, (), {}), name) for name in names]
-        with FakeTensorMode(), torch.serialization.safe_globals(placeholders):
-            state = torch.load(path, weights_only=True)
+        with FakeTensorMode(), torch.serialization.safe_globals(placeholders), open(path, "rb") as f:
+            state = torch.load(f, weights_only=True)  # not by its path, whose name torch.load would believe
         state = state.get("state_dict", state) if isinstance(state, dict) else {}
         state = state if isinstance(state, dict) else {}
         tensors = {key: t for key, t in state.items() if isinstance(key, str) and isinstance(t, Tensor)}

@@ -197,14 +197,16 @@ def download(
 
     folder, lines = Path(folder), []
     expected = expected_sha256 or next(digest for digest, name in checkpoint.RELEASED.items() if name == WEIGHTS)
-    for name in TOKENIZER + TOKENIZER_EXTRAS:
-        target = folder / "tokenizer" / name
-        if not target.is_file():
-            partial = _fetch(CLIP, name, target, "main", endpoint, TokenizerError, name in TOKENIZER_EXTRAS)
-            if partial is None:
-                continue
-            os.replace(partial, target)
-        lines.append(f"{target}: {size(target.stat().st_size)}")
+    tokenizer = folder / "tokenizer"
+    if all((tokenizer / name).is_file() for name in TOKENIZER):
+        lines.append(f"{tokenizer}: already there")
+    else:
+        for name in TOKENIZER + TOKENIZER_EXTRAS:
+            optional = name in TOKENIZER_EXTRAS
+            partial = _fetch(CLIP, name, tokenizer / name, "main", endpoint, TokenizerError, optional)
+            if partial:
+                os.replace(partial, tokenizer / name)
+                lines.append(f"{tokenizer / name}: {size((tokenizer / name).stat().st_size)}")
     if tokenizer_only:
         return "\n".join(lines)
 
@@ -248,7 +250,7 @@ def _fetch(
     partial = target.with_name(f".{name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        remote = get_hf_file_metadata(url)
+        remote = get_hf_file_metadata(url, token=False)  # public files: no one's token leaves for a mirror
         with open(partial, "ab") as f:
             if remote.size is not None:
                 if f.tell() > remote.size:
