@@ -4,6 +4,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -41,6 +42,10 @@ class TextEncoder(nn.Module):
                     f"the instruction has {len(ids)} tokens and the model reads {LENGTH - 2}: shorten it. "
                     f'After "...{kept[-40:]}" this would be cut: "{cut}"'
                 )
+            if max(ids, default=0) >= text_config.vocab_size:
+                raise TokenizerError(
+                    f"the tokenizer has more tokens than this text model's {text_config.vocab_size}: it is another model's"
+                )
             ids = [text_config.bos_token_id, *ids[: LENGTH - 2], text_config.eos_token_id]
             row[: len(ids)] = torch.tensor(ids)
         return rows
@@ -61,14 +66,13 @@ class TextEncoder(nn.Module):
     @cached_property
     def _clip(self) -> CLIPTokenizer:
         """CLIP's tokenizer: from the named folders, else from the hub's cache; never from the network."""
-        for folder in self.tokenizer_folders:
-            if all((Path(folder) / name).is_file() for name in ("vocab.json", "merges.txt")):
+        folders = [Path(folder) for folder in self.tokenizer_folders]
+        cached = try_to_load_from_cache(self.config.version, "vocab.json")  # a path, or something else that is none
+        for folder in folders + ([Path(cached).parent] if isinstance(cached, str) else []):
+            if all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
                 return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        try:
-            return CLIPTokenizer.from_pretrained(self.config.version, local_files_only=True)
-        except OSError as error:
-            raise TokenizerError(
-                f"no tokenizer: vocab.json and merges.txt of {self.config.version} are neither in "
-                f"{' nor '.join(map(str, self.tokenizer_folders)) or 'a named folder'} nor in the hub's cache. "
-                "Run `emilie download --tokenizer` once, or copy the two files into weights/tokenizer/"
-            ) from error
+        raise TokenizerError(
+            f"no tokenizer: vocab.json and merges.txt of {self.config.version} are neither in "
+            f"{' nor '.join(map(str, folders)) or 'a named folder'} nor in the hub's cache. "
+            "Run `emilie download --tokenizer` once, or copy the two files into weights/tokenizer/"
+        )

@@ -152,7 +152,9 @@ def test_a_full_disk(photo, capsys, monkeypatch):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; from emilie_min import cli\ntry: cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from emilie_min import cli\ntry: cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 

@@ -1,0 +1,81 @@
+"""Tokens: the small model's words, and CLIP's byte pairs from vocab.json and merges.txt, never from the network."""
+
+import json
+
+import pytest
+
+from emilie_min.config import TextConfig, TextParams, load_config
+from emilie_min.errors import InstructionError, TokenizerError
+from emilie_min.text import TextEncoder
+
+SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+MERGES = [("i", "t</w>"), ("m", "a"), ("k", "e</w>"), ("ma", "ke</w>")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tokenizer in the released one's format: bytes, bytes that end a word, merges, two marks."""
+    path = tmp_path_factory.mktemp("tokenizer")
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    units = [chr(b) for b in shown] + [chr(256 + i) for i in range(256 - len(shown))]
+    vocab = [*units, *(u + "</w>" for u in units), *map("".join, MERGES), "<|startoftext|>", "<|endoftext|>"]
+    (path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
+    (path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, MERGES)) + "\n")
+    return path
+
+
+def encoder(*folders, **ids) -> TextEncoder:
+    ids = {"vocab_size": 518, "bos_token_id": 516, "eos_token_id": 517, "pad_token_id": 517, **ids}
+    return TextEncoder(TextParams(TextConfig(**SMALL, **ids), version="nobody/nothing"), folders)
+
+
+def test_clip_tokens_are_merged_marked_and_padded(folder, tmp_path):
+    rows = encoder(tmp_path, folder).tokenize(["Make  it", ""])  # the first folder has none
+    assert rows.shape == (2, 77)
+    assert rows[0].tolist() == [516, 515, 512] + [517] * 74
+    assert rows[1].tolist() == [516] + [517] * 76
+
+
+def test_clip_length(folder):
+    text = encoder(folder)
+    assert text.tokenize(["make " * 75])[0, 75:].tolist() == [515, 517]
+    with pytest.raises(InstructionError, match='77 tokens and the model reads 75.*would be cut: "it it"'):
+        text.tokenize(["make " * 75 + "it it"])
+    assert text.tokenize(["make " * 75 + "it it"], truncate=True)[0].tolist() == [516] + [515] * 75 + [517]
+
+
+def test_no_tokenizer_says_what_to_fetch(tmp_path):
+    text = encoder(tmp_path)  # loading needs none
+    with pytest.raises(TokenizerError, match="vocab.json and merges.txt.*emilie download --tokenizer"):
+        text.tokenize(["make it night"])
+
+
+def test_the_hubs_cache_is_searched(folder, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--nobody--nothing" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for name in ("vocab.json", "merges.txt"):
+        (snapshot / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "models--nobody--nothing" / "refs").mkdir()
+    (tmp_path / "models--nobody--nothing" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert encoder().tokenize(["make"])[0, 1] == 515
+
+
+def test_another_models_tokenizer(folder):
+    with pytest.raises(TokenizerError, match="another model's"):
+        encoder(folder, vocab_size=100).tokenize(["make it"])
+
+
+def test_small_models_words():
+    params = load_config("toy").model.params.cond_stage_config.params
+    text = TextEncoder(params)
+    row = text.tokenize(["Make it night."])[0].tolist()
+    assert row[:5] == [62, *(params.words.index(w) for w in ("make", "it", "night")), 63] and set(row[5:]) == {63}
+    with pytest.raises(InstructionError, match="does not know 'winter'; its words are: a add .* yellow"):
+        text.tokenize(["make it winter"])
+
+
+def test_the_small_models_config_knows_the_worlds_words():
+    from emilie_min.toy import world
+
+    assert tuple(load_config("toy").model.params.cond_stage_config.params.words) == world.VOCABULARY
