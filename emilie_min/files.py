@@ -57,24 +57,18 @@ def size(nbytes: int) -> str:
 
 
 def hash_file(path: str | Path) -> str:
-    """The file's SHA-256 in hex, with a progress bar on a terminal. Raises OSError."""
+    """The file's SHA-256 in hex, with a progress bar on a terminal. Raises CheckpointError if it cannot be read."""
     from tqdm import tqdm
 
     digest, path = hashlib.sha256(), Path(path)
-    with (
-        open(path, "rb") as f,
-        tqdm(
-            total=path.stat().st_size,
-            unit="B",
-            unit_scale=True,
-            desc=f"sha256 of {path.name}",
-            leave=False,
-            disable=None,
-        ) as bar,
-    ):
-        while chunk := f.read(1 << 22):
-            digest.update(chunk)
-            bar.update(len(chunk))
+    look = {"unit": "B", "unit_scale": True, "desc": f"sha256 of {path.name}", "leave": False, "disable": None}
+    try:
+        with open(path, "rb") as f, tqdm(total=path.stat().st_size, **look) as bar:
+            while chunk := f.read(1 << 22):
+                digest.update(chunk)
+                bar.update(len(chunk))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()
 
 
@@ -98,7 +92,9 @@ def info(path: str | Path, sha256: bool = False, config: str | Path | None = Non
     notes = checkpoint.metadata(path)
     kind = "torch.save" if notes is None else "safetensors"
     lines = [str(path), f"  format       {kind}, {size(path.stat().st_size)}, {len(entries)} tensors"]
-    lines += [f"  {key:<12} {note[:80]}" for key, note in sorted((notes or {}).items()) if key in ("source", "family")]
+    for key in ("source", "family"):  # what `convert` notes
+        if key in (notes or {}):
+            lines.append(f"  {key:<12} {''.join(c for c in notes[key][:80] if c.isprintable())}")
     for family, keys in families.items():
         if keys:
             dtypes = ", ".join(sorted({str(entries[key].dtype).removeprefix("torch.") for key in keys}))
@@ -139,14 +135,14 @@ def convert(
         raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype}")
     if target.suffix != ".safetensors":
         raise CheckpointError(f"the converted file is a .safetensors file: name it so, not {target.name}")
-    entries = checkpoint.index(source)
     if target.is_dir() or not target.parent.is_dir():
         wrong = f"{target} is a folder: name a file in it" if target.is_dir() else f"there is no folder {target.parent}"
         raise CheckpointError(wrong)
-    if target.exists() and os.path.samefile(source, target):
+    if target.exists() and source.exists() and os.path.samefile(source, target):
         raise CheckpointError(f"{target} is the file that is read: name another target")
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} is there already: remove it, name another, or ask to overwrite it")
+    entries = checkpoint.index(source)
     _, loaded = _config(entries, source, config)
     networks = meta_networks(loaded)
     wanted, report = checkpoint.check(networks, entries, str(source))
@@ -154,7 +150,13 @@ def convert(
     pairs = [(kept[part][name], key) for part, names in wanted.items() for name, key in names.items()]
 
     itemsize, offset = getattr(torch, dtype).itemsize, 0
-    header = {"__metadata__": {"format": "pt", "source": source.name, "family": report.family}}
+    header = {
+        "__metadata__": {
+            "format": "pt",
+            "source": os.fsencode(source.name).decode("utf-8", "replace"),
+            "family": report.family,
+        }
+    }
     for name, key in pairs:
         nbytes = torch.Size(entries[key].shape).numel() * itemsize
         record = {"dtype": SAFETENSORS_NAMES[dtype], "shape": entries[key].shape}
@@ -202,8 +204,9 @@ def download(
         lines.append(f"{tokenizer}: already there")
     else:
         for name in TOKENIZER + TOKENIZER_EXTRAS:
-            optional = name in TOKENIZER_EXTRAS
-            partial = _fetch(CLIP, name, tokenizer / name, "main", endpoint, TokenizerError, optional)
+            partial = _fetch(CLIP, name, tokenizer / name, "main", endpoint, TokenizerError)
+            if partial is None and name in TOKENIZER:
+                raise TokenizerError(f"{CLIP} has no {name} at {endpoint or 'the hub'}: try again without the mirror")
             if partial:
                 os.replace(partial, tokenizer / name)
                 lines.append(f"{tokenizer / name}: {size((tokenizer / name).stat().st_size)}")
@@ -217,7 +220,9 @@ def download(
         aside = target.with_name(target.name + ".wrong")
         os.replace(target, aside)
         lines.append(f"{target} was not the released file: moved to {aside}, which you may delete")
-    partial = _fetch(REPOSITORY, WEIGHTS, target, revision, endpoint, CheckpointError)
+    partial = _fetch(REPOSITORY, WEIGHTS, target, revision, endpoint, CheckpointError, resume=True)
+    if partial is None:
+        raise CheckpointError(f"{REPOSITORY} has no {WEIGHTS} at revision {revision}: check it, and the mirror if any")
     found = hash_file(partial)
     if found != expected:
         partial.unlink()
@@ -235,9 +240,9 @@ def _fetch(
     revision: str,
     endpoint: str | None,
     complaint: type[EmilieError],
-    optional: bool = False,
+    resume: bool = False,
 ) -> Path | None:
-    """A file of a hub repository, whole, beside its target; None where an optional one does not exist.
+    """A file of a hub repository, whole, beside its target; None if there is none. `resume`: after what is there.
 
     `hf_hub_download` starts anew after an interruption, so this uses the two functions below it: one for the size and
     place of a file, one that reads from a given byte on and tries again by itself when a connection breaks.
@@ -251,7 +256,7 @@ def _fetch(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remote = get_hf_file_metadata(url, token=False)  # public files: no one's token leaves for a mirror
-        with open(partial, "ab") as f:
+        with open(partial, "ab" if resume else "wb") as f:
             if remote.size is not None:
                 if f.tell() > remote.size:
                     f.truncate(0)
@@ -263,16 +268,12 @@ def _fetch(
         return partial
     except HfHubHTTPError as error:
         status = error.response.status_code
-        if status == 404 and optional:
+        if status in (401, 404):  # 401 is the hub's answer for a repository that is not there
             return None
-        if status in (401, 404):
-            raise complaint(
-                f"{url}: there is no such file. Check the revision and the mirror, if you named one"
-            ) from error
         raise complaint(f"{url}: the server answered {status}. Run the same command again later") from error
     except (HTTPError, OSError) as error:
         if isinstance(error, HTTPError | ConnectionError | TimeoutError) or error.errno is None:
-            kept = partial.stat().st_size if partial.exists() else 0
+            kept = partial.stat().st_size if resume and partial.exists() else 0
             again = f"run the same command again, {size(kept)} are kept" if kept else "is this machine online?"
             raise complaint(f"{url} cannot be fetched ({_first_line(error)}): {again}") from error
         raise complaint(f"{target} cannot be written: {_why(error)}") from error

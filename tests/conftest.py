@@ -15,6 +15,10 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run what writes gigabytes or takes minutes")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs with --slow only")
+
+
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):
         for item in items:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +52,13 @@ def refused(do, *args, error=CheckpointError, **more):
     return message
 
 
+@pytest.fixture(scope="session")
+def small_safetensors(small_state, tmp_path_factory):
+    """The small model's file in the format that is quick to index."""
+    save_file(small_state, path := tmp_path_factory.mktemp("twin") / "small.safetensors")
+    return path
+
+
 # info
 
 
@@ -58,11 +66,11 @@ def test_info_of_a_trainers_file(small_ckpt):
     text = files.info(small_ckpt, config=SMALL)
     assert text.splitlines()[0] == str(small_ckpt)
     for line in (
-        "  format       torch.save, 86.",
+        "  format       torch.save, 90.",
         "  UNet (EMA)    686 tensors,  34.",
         "  UNet (raw)    686 tensors,  34.",
         "  autoencoder   248 tensors,  21.",
-        "  text model     37 tensors, 417.",
+        "  text model     37 tensors, 419.",
         "  other          14 tensors,  48.01 kB, float32, int32",
         f"  model        {SMALL}: complete, every shape fits",
         "  sampling     uses the EMA UNet weights",
@@ -108,12 +116,12 @@ def test_info_of_other_files(tmp_path):
     refused(files.info, tmp_path / "a.safetensors", config="nonsense", error=ConfigError)
 
 
-def test_info_hashes(small_ckpt, monkeypatch):
-    digest = hashlib.sha256(small_ckpt.read_bytes()).hexdigest()
-    text = files.info(small_ckpt, sha256=True, config=SMALL)
+def test_info_hashes(small_safetensors, monkeypatch):
+    digest = hashlib.sha256(small_safetensors.read_bytes()).hexdigest()
+    text = files.info(small_safetensors, sha256=True, config=SMALL)
     assert f"sha256       {digest}" in text and "not a released file" in text
     monkeypatch.setitem(checkpoint.RELEASED, digest, "some.ckpt")
-    assert "the released some.ckpt" in files.info(small_ckpt, sha256=True, config=SMALL)
+    assert "the released some.ckpt" in files.info(small_safetensors, sha256=True, config=SMALL)
 
 
 def test_info_quotes_no_control_characters(small_state, tmp_path):
@@ -125,13 +133,13 @@ def test_info_quotes_no_control_characters(small_state, tmp_path):
 # convert
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_convert(small_ckpt, small_state, small_config, networks, tmp_path, dtype):
+@pytest.mark.parametrize("dtype, kind", [("float16", "ckpt"), ("bfloat16", "safetensors"), ("float32", "safetensors")])
+def test_convert(small_ckpt, small_safetensors, small_state, small_config, networks, tmp_path, dtype, kind):
     path, torch_dtype = tmp_path / "a.safetensors", getattr(torch, dtype)
-    text = files.convert(small_ckpt, path, dtype, SMALL)
+    text = files.convert(small_ckpt if kind == "ckpt" else small_safetensors, path, dtype, SMALL)
     assert "EMA weights" in text and str(path) in text and "\n" not in text
     with safe_open(path, "pt") as f:  # the library's own checks of the header
-        assert f.metadata() == {"format": "pt", "source": "small.ckpt", "family": "EMA"}
+        assert f.metadata() == {"format": "pt", "source": f"small.{kind}", "family": "EMA"}
     out = load_file(path)
     assert not any(key.startswith(EMA) for key in out)
     for key, shadowed in manifest("small_manifest")["ema_of"].items():
@@ -143,31 +151,31 @@ def test_convert(small_ckpt, small_state, small_config, networks, tmp_path, dtyp
     assert same(parameters(loaded), {name: p.to(torch_dtype).float() for name, p in parameters(networks).items()})
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     told = files.info(path, config=SMALL)
-    assert "source       small.ckpt" in told and "family       EMA" in told and dtype in told
+    assert f"source       small.{kind}" in told and "family       EMA" in told and dtype in told
 
 
-def test_a_converted_file_converts_to_itself(small_ckpt, tmp_path):
-    files.convert(small_ckpt, tmp_path / "a.safetensors", torch.float16, SMALL)
+def test_a_converted_file_converts_to_itself(small_safetensors, tmp_path):
+    files.convert(small_safetensors, tmp_path / "a.safetensors", torch.float16, SMALL)
     files.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "float16", SMALL)
     assert same(load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
 
 
-def test_convert_refuses(small_ckpt, tmp_path, small_state):
+def test_convert_refuses(small_safetensors, tmp_path, small_state):
     target = tmp_path / "a.safetensors"
-    assert "dtype must be one of" in refused(files.convert, small_ckpt, target, "int8", SMALL)
-    assert "name it so, not a.ckpt" in refused(files.convert, small_ckpt, tmp_path / "a.ckpt", config=SMALL)
-    assert "no built-in config fits" in refused(files.convert, small_ckpt, target)
-    assert "misshapen" in refused(files.convert, small_ckpt, target, config="toy")
-    assert "no folder" in refused(files.convert, small_ckpt, tmp_path / "none" / "a.safetensors", config=SMALL)
+    assert "dtype must be one of" in refused(files.convert, small_safetensors, target, "int8", SMALL)
+    assert "name it so, not a.ckpt" in refused(files.convert, small_safetensors, tmp_path / "a.ckpt", config=SMALL)
+    assert "no built-in config fits" in refused(files.convert, small_safetensors, target)
+    assert "misshapen" in refused(files.convert, small_safetensors, target, config="toy")
+    assert "no folder" in refused(files.convert, small_safetensors, tmp_path / "none" / "a.safetensors", config=SMALL)
     assert "no weights at" in refused(files.convert, tmp_path / "none.ckpt", target, config=SMALL)
     (tmp_path / "folder.safetensors").mkdir()
-    assert "is a folder" in refused(files.convert, small_ckpt, tmp_path / "folder.safetensors", config=SMALL)
+    assert "is a folder" in refused(files.convert, small_safetensors, tmp_path / "folder.safetensors", config=SMALL)
     (tmp_path / "folder.safetensors").rmdir()
     assert not list(tmp_path.iterdir())
     target.write_bytes(b"mine")
-    assert "is there already" in refused(files.convert, small_ckpt, target, config=SMALL)
+    assert "is there already" in refused(files.convert, small_safetensors, target, config=SMALL)
     assert target.read_bytes() == b"mine"
-    files.convert(small_ckpt, target, config=SMALL, overwrite=True)
+    files.convert(small_safetensors, target, config=SMALL, overwrite=True)
     for same_file in (target, tmp_path / "link.safetensors"):
         if same_file != target:
             same_file.symlink_to(target)
@@ -175,22 +183,22 @@ def test_convert_refuses(small_ckpt, tmp_path, small_state):
     assert len(load_file(target)) == 686 + 248 + 36
 
 
-def test_convert_into_a_folder_that_may_not_be_written(small_ckpt, tmp_path, monkeypatch):
+def test_convert_into_a_folder_that_may_not_be_written(small_safetensors, tmp_path, monkeypatch):
     def denied(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(checkpoint, "replacing", denied)
-    message = refused(files.convert, small_ckpt, tmp_path / "a.safetensors", config=SMALL)
+    message = refused(files.convert, small_safetensors, tmp_path / "a.safetensors", config=SMALL)
     assert "may not write there" in message
 
 
-def test_convert_on_a_disk_without_room(small_ckpt, tmp_path, monkeypatch):
+def test_convert_on_a_disk_without_room(small_safetensors, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-    message = refused(files.convert, small_ckpt, tmp_path / "a.safetensors", config=SMALL)
+    message = refused(files.convert, small_safetensors, tmp_path / "a.safetensors", config=SMALL)
     assert "the disk is full" in message and "28." in message and "MB are needed" in message
 
 
-def test_convert_on_a_disk_that_fills_up(small_ckpt, tmp_path, monkeypatch):
+def test_convert_on_a_disk_that_fills_up(small_safetensors, tmp_path, monkeypatch):
     target = tmp_path / "a.safetensors"
     target.write_bytes(b"mine")
 
@@ -198,11 +206,11 @@ def test_convert_on_a_disk_that_fills_up(small_ckpt, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert "the disk is full" in refused(files.convert, small_ckpt, target, config=SMALL, overwrite=True)
+    assert "the disk is full" in refused(files.convert, small_safetensors, target, config=SMALL, overwrite=True)
     assert target.read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_an_interrupted_convert_leaves_nothing(small_ckpt, tmp_path, monkeypatch):
+def test_an_interrupted_convert_leaves_nothing(small_safetensors, tmp_path, monkeypatch):
     get, calls = checkpoint.Reader.get, []
 
     def interrupted(self, *args):
@@ -213,7 +221,7 @@ def test_an_interrupted_convert_leaves_nothing(small_ckpt, tmp_path, monkeypatch
 
     monkeypatch.setattr(checkpoint.Reader, "get", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        files.convert(small_ckpt, tmp_path / "a.safetensors", config=SMALL)
+        files.convert(small_safetensors, tmp_path / "a.safetensors", config=SMALL)
     assert not list(tmp_path.iterdir())
 
 
@@ -232,6 +240,7 @@ def test_convert_sees_numbers_that_overflow(small_state, tmp_path, number, says)
 
 # download
 
+CHUNK = 100_000  # in which the client writes to the disk; 10 MB by default
 WEIGHTS, VOCAB = os.urandom(3_000_000), b'{"<|endoftext|>": 49407}'
 SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
 NAME = files.WEIGHTS
@@ -252,7 +261,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.files, self.log, self.ranges = dict(FILES), [], True
         self.status = {}  # path -> a status to answer with
-        self.breaks = []  # how the next transfers break off: (bytes sent, "close" or "reset")
+        self.breaks = []  # how the next transfers break off: (bytes sent, "close", "reset" or "hang")
+        self.released = threading.Event()  # lets go of the hanging one
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def gets(self, name):
@@ -301,6 +311,8 @@ class Answer(BaseHTTPRequestHandler):
             sent, how = hub.breaks.pop(0)
             self.wfile.write(data[start : start + sent])
             self.wfile.flush()
+            if how == "hang":
+                hub.released.wait(60)
             if how == "reset":
                 time.sleep(0.2)  # let what was sent arrive before the reset overtakes it
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -313,7 +325,7 @@ class Answer(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch):
     """A hub on this machine, and no way to any other."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
     connect = socket.socket.connect
 
@@ -322,7 +334,8 @@ def hub(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", local)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("huggingface_hub.file_download.time", type("", (), {"sleep": lambda s: None}))
@@ -363,9 +376,8 @@ def test_download_of_the_tokenizer_alone(hub, tmp_path):
 
 
 def test_download_of_a_revision(hub, tmp_path):
-    hub.files[f"/{files.REPOSITORY}/resolve/refs%2Fpr%2F1/{NAME}"] = hub.files.pop(
-        f"/{files.REPOSITORY}/resolve/main/{NAME}"
-    )
+    path = f"/{files.REPOSITORY}/resolve/{{}}/{NAME}"
+    hub.files[path.format("refs%2Fpr%2F1")] = hub.files.pop(path.format("main"))
     download(hub, tmp_path, revision="refs/pr/1")
     assert (tmp_path / NAME).read_bytes() == WEIGHTS
 
@@ -394,7 +406,7 @@ def test_a_killed_download_goes_on_where_it_stopped(hub, tmp_path):
     """Killed outright, in a process of its own: the next one asks for the rest alone."""
     hub.breaks = [(2_000_000, "hang")]
     code = (
-        f"import huggingface_hub; huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = {CHUNK}\n"
+        f"from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = {CHUNK}\n"
         f"from emilie_min import files; files.download({str(tmp_path)!r}, endpoint={hub.url!r})"
     )
     root = str(Path(files.__file__).parents[1])
@@ -455,10 +467,10 @@ def test_without_the_released_hash_nothing_else_passes(hub, tmp_path):
 
 
 def test_files_that_are_not_there(hub, tmp_path):
-    assert "no such file" in refused(download, hub, tmp_path, revision="nothing")
+    assert f"has no {NAME} at revision nothing" in refused(download, hub, tmp_path, revision="nothing")
     del hub.files[f"/{files.CLIP}/resolve/main/merges.txt"]
     message = refused(download, hub, tmp_path / "b", error=TokenizerError)
-    assert "merges.txt: there is no such file" in message
+    assert "has no merges.txt" in message
 
 
 @pytest.mark.parametrize("status", [403, 500, 503])
@@ -500,6 +512,18 @@ def test_download_to_a_disk_that_fills_up(hub, tmp_path, monkeypatch):
     assert not (tmp_path / NAME).exists()
 
 
+def test_download_over_a_folder(hub, tmp_path):
+    (tmp_path / NAME).mkdir()
+    assert "Is a directory" in refused(download, hub, tmp_path)
+
+
+def test_an_old_partial_tokenizer_is_not_continued(hub, tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / ".merges.txt.partial").write_bytes(b"junk")
+    download(hub, tmp_path, tokenizer_only=True)
+    assert (tmp_path / "tokenizer" / "merges.txt").read_bytes().startswith(b"#version")
+
+
 def test_download_to_a_place_that_is_no_folder(hub, tmp_path):
     (tmp_path / "weights").write_text("a file")
     assert "cannot be written" in refused(download, hub, tmp_path / "weights", error=TokenizerError)
@@ -507,5 +531,6 @@ def test_download_to_a_place_that_is_no_folder(hub, tmp_path):
 
 def test_importing_the_module_is_cheap():
     """The command line imports it to show its help."""
-    code = "import emilie_min.files, sys; print([m for m in ('torch', 'transformers', 'huggingface_hub') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    code = "import emilie_min.files, sys; print({'torch', 'transformers', 'huggingface_hub'} & sys.modules.keys())"
+    root = Path(files.__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root).stdout == "set()\n"
