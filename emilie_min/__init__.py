@@ -12,8 +12,20 @@ from importlib import import_module
 
 from .errors import EmilieError
 
-_HOME = {"load": "emilie", "open_canvas": "emilie", "Editor": "emilie", "Canvas": "emilie"}
-_MODULES = ("checkpoint", "config", "emilie", "errors", "images", "sampling", "text", "unet", "vae")
+_HOME = {"load": "loading", "open_canvas": "session", "Editor": "emilie", "Canvas": "emilie"}
+_MODULES = (
+    "checkpoint",
+    "config",
+    "emilie",
+    "errors",
+    "images",
+    "loading",
+    "sampling",
+    "session",
+    "text",
+    "unet",
+    "vae",
+)
 
 __all__ = ["EmilieError", *_HOME]
 

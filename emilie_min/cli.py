@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import glob
 import math
 import os
 import sys
@@ -10,9 +11,8 @@ import time
 import warnings
 from pathlib import Path
 
+from .config import GATES, ITERATES, RESCALES
 from .errors import CanvasError, EmilieError, InstructionError, MaskError
-
-GATES, RESCALES, ITERATES = ("anchor", "eq8", "guidance"), ("paper", "signed", "exact", "none"), ("latent", "image")
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,9 +24,15 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; the exit code: 0, 2 for bad input, 130 when interrupted."""
-    args = parser().parse_args(argv)
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if args.command == "edit" and not any(word.startswith("-") for word in rest):
+        args.instructions, rest = args.instructions + rest, []  # argparse stops at the first option in between
+    if rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: print(f"emilie: note: {message}", file=sys.stderr)
             args.run(args)
         return 0
@@ -71,7 +77,7 @@ def parser() -> Parser:
     edit.add_argument("--image-scale", type=scale, help="how closely to stay with the picture")
     edit.add_argument("--resolution", type=resolution, help='longer side to work at, in px, or "native"')
     edit.add_argument("--input-size", action="store_true", help="write pictures at the input's size")
-    edit.add_argument("--seed", type=int, default=0, help="of all noise (default: 0)")
+    edit.add_argument("--seed", type=int, help="of all noise (default: 0, or what the --canvas began with)")
     edit.add_argument("--canvas", type=Path, metavar="FILE", help="keep the session here; goes on with one that exists")
     edit.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the pictures")
     add_model_options(edit)
@@ -92,7 +98,7 @@ def parser() -> Parser:
     download.add_argument("--tokenizer", action="store_true", help="only the tokenizer files")
 
     evaluate = command("toy-eval", run_toy_eval, "Measure the model that ships against the small world's ground truth.")
-    evaluate.add_argument("--scenes", type=int, default=200, help="unseen scenes (default: 200)")
+    evaluate.add_argument("--scenes", type=count, default=200, help="unseen scenes (default: 200)")
     evaluate.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     evaluate.add_argument("--quick", action="store_true", help="autoencoder and single edits only")
     add_model_options(evaluate)
@@ -126,7 +132,7 @@ def scale(text: str) -> float:
 
 
 def load_editor(args: argparse.Namespace):
-    from .emilie import load
+    from .loading import load
 
     editor = load(args.weights, args.config, args.device, args.dtype, args.tokenizer)
     print(f"{editor.model}: {editor.report.family} weights, {editor.dtype}, {editor.device}".replace("torch.", ""))
@@ -138,9 +144,10 @@ def run_demo(args: argparse.Namespace) -> None:
     from .toy import world
     from .toy.judge import judge
 
-    folder = writable(args.out)
     started = time.time()
     editor = load_editor(args)
+    need_small_world(editor)
+    folder = writable(args.out)
     scene = world.scene(args.seed)
     canvas = editor.open(world.render(scene), seed=args.seed)
     print(f"wrote {save_picture(canvas.image, folder / '0_input.png')}")
@@ -159,12 +166,14 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def run_edit(args: argparse.Namespace) -> None:
     from . import images
-    from .emilie import open_canvas
+    from .session import open_canvas
     from .strip import strip
 
     going_on = args.canvas is not None and args.canvas.exists()
-    if going_on and not Path(args.input).is_file():
+    if going_on and not Path(args.input).exists() and not looks_like_a_file(args.input):
         args.input, args.instructions = None, [args.input, *args.instructions]
+    if going_on and args.resolution is not None:
+        raise CanvasError("--resolution belongs to the start of a session, and --canvas goes on with one")
     if not args.instructions:
         raise InstructionError('no instruction: say what to change, as in `emilie edit photo.png "make it winter"`')
     for text in args.instructions:
@@ -179,20 +188,20 @@ def run_edit(args: argparse.Namespace) -> None:
     if going_on:
         canvas = open_canvas(args.canvas, editor)
         opened = canvas.states[0].image
-        if original is not None and images.fit(original, opened.size).tobytes() != opened.tobytes():
+        refit = images.crop if canvas.native else images.fit
+        if original is not None and refit(original, opened.size).tobytes() != opened.tobytes():
             raise CanvasError(f"{args.canvas} is a session on another picture than {args.input}")
     else:
-        canvas = editor.open(original, args.seed, args.resolution)
+        canvas = editor.open(original, args.seed or 0, args.resolution)
     for mask in masks.values():  # so that the last edit's mask does not fail after an hour of edits
-        images.latent_mask(
-            images.read_mask(mask, canvas.original_size, canvas.image.size), editor.vae.factor, soft=args.soft
-        )
+        canvas.read_mask(mask, args.soft)
     editor.text.tokenize(args.instructions)
     folder = writable(args.out)
     if args.canvas is not None:
-        writable(args.canvas.parent)
+        writable(args.canvas.parent, "--canvas")
 
-    name = unused_name(folder, Path(args.input or args.canvas).stem)
+    stem = Path(args.input).stem if args.input is not None else args.canvas.name.split(".")[0]
+    name = stem if going_on else unused_name(folder, stem)
     session = args.canvas or folder / f"{name}.canvas.safetensors"
     cells = [(canvas.image, "input" if canvas.at == 0 else canvas.state.instruction, None)]
     for i, text in enumerate(args.instructions, 1):
@@ -209,13 +218,21 @@ def run_edit(args: argparse.Namespace) -> None:
             rescale=args.rescale,
             iterate=args.iterate,
             keep_background=args.keep_background and i in masks,
+            seed=args.seed if going_on else None,
         )
         cells.append((image, text, canvas.state.mask))
-        out = images.unfit(image, original) if args.input_size else image
+        out = images.unfit(image, original, canvas.native, canvas.touched()) if args.input_size else image
         path = save_picture(out, folder / f"{name}_{canvas.at}.png")
         canvas.save(session)
         print(f"wrote {path} and {session}")
     print(f"wrote {save_picture(strip(cells), folder / f'{name}_strip.png')}")
+
+
+def need_small_world(editor) -> None:
+    from .toy import world
+
+    if editor.config.sampling.resolution != world.SIZE:
+        raise EmilieError(f"{editor.model} was not made for the small world of {world.SIZE} px: leave --weights out")
 
 
 def edit_with_bar(canvas, number: int, text: str, mask, **settings):
@@ -252,21 +269,27 @@ def read_masks(args: argparse.Namespace, edits: int) -> dict:
     return masks
 
 
-def writable(folder: Path) -> Path:
+def looks_like_a_file(text: str) -> bool:
+    from PIL import Image
+
+    return os.sep in text or Path(text).suffix.lower() in Image.registered_extensions()
+
+
+def writable(folder: Path, option: str = "--out") -> Path:
     """The folder, made if need be, once a file could be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise EmilieError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from error
+        raise EmilieError(f"cannot write to {folder}: {error.strerror}; choose another folder with {option}") from error
     return folder
 
 
 def unused_name(folder: Path, stem: str) -> str:
     """`stem`, or `stem-2`, ...: the first under which nothing was written, so that no run overwrites another."""
     number, name = 1, stem
-    while any(folder.glob(f"{name}_[0-9]*.png")):
+    while any(folder.glob(f"{glob.escape(name)}_[0-9]*.png")) or (folder / f"{name}.canvas.safetensors").exists():
         number += 1
         name = f"{stem}-{number}"
     return name
@@ -274,14 +297,13 @@ def unused_name(folder: Path, stem: str) -> str:
 
 def save_picture(image, path: Path) -> Path:
     """A PNG, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{os.getpid()}.partial")
     try:
         image.save(partial, format="PNG")
         os.replace(partial, path)
     except OSError as error:
-        raise EmilieError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
         partial.unlink(missing_ok=True)
+        raise EmilieError(f"cannot write {path}: {error.strerror or error}") from error
     return path
 
 
@@ -308,4 +330,8 @@ def run_download(args: argparse.Namespace) -> None:
 def run_toy_eval(args: argparse.Namespace) -> None:
     from .toy.evaluate import evaluate
 
-    evaluate(load_editor(args), args.scenes, args.out, quick=args.quick)
+    editor = load_editor(args)
+    need_small_world(editor)
+    if args.out:
+        writable(args.out.parent)
+    evaluate(editor, args.scenes, args.out, quick=args.quick)

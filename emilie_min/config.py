@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Optional
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from .errors import ConfigError
 
 BUILT_IN = ("ip2p", "sd15", "toy")
+GATES = ("anchor", "eq8", "guidance")  # what a mask does: see `Editor.sample`
+RESCALES = ("paper", "signed", "exact", "none")  # how f is found: see `Canvas.image_latent`
+ITERATES = ("latent", "image")  # what the next edit starts from
 
 
 @dataclass
@@ -165,11 +167,10 @@ def load_config(name: str | Path) -> Config:
         raise ConfigError(f"config {name}: {error}. Give one of {', '.join(BUILT_IN)} or a YAML file") from error
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
-    except Exception as error:  # OmegaConf's own errors and those of the YAML reader below it
-        if not isinstance(error, OmegaConfBaseException) and "yaml" not in type(error).__module__:
-            raise
+    except Exception as error:  # OmegaConf's own errors, those of the YAML reader below it, and of merging odd YAML
         key = getattr(error, "full_key", None)
-        raise ConfigError(f"config {name}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or ["not a mapping of settings"])[0]
+        raise ConfigError(f"config {name}: {f'{key}: ' if key else ''}{reason}") from error
     _check(config, str(name))
     return config
 
@@ -178,6 +179,19 @@ def _check(config: Config, name: str) -> None:
     params = config.model.params
     unet, dd = params.unet_config.params, params.first_stage_config.params.ddconfig
     text = params.cond_stage_config.params.text_config
+    ae, sampling = params.first_stage_config.params, config.sampling
+    counts = {
+        "unet_config": [unet.model_channels, unet.num_res_blocks, unet.num_heads, unet.num_groups, *unet.channel_mult],
+        "ddconfig": [dd.ch, dd.num_res_blocks, dd.num_groups, dd.in_channels, dd.out_ch, *dd.ch_mult],
+        "text_config": [text.hidden_size, text.num_hidden_layers, text.num_attention_heads, text.vocab_size],
+        "sampling": [sampling.resolution, sampling.multiple, sampling.steps],
+    }
+    for section, values in counts.items():
+        if min(values) < 1:
+            raise ConfigError(f"config {name}: {section}: every size and count must be at least 1")
+    if not unet.channel_mult or not dd.ch_mult:
+        raise ConfigError(f"config {name}: channel_mult and ch_mult must name at least one level")
+    halvings = len(unet.channel_mult) + len(dd.ch_mult) - 2
     wrong = [
         (unet.transformer_depth != 1, "unet_config: transformer_depth must be 1"),
         (not unet.use_spatial_transformer, "unet_config: use_spatial_transformer must be true"),
@@ -192,6 +206,21 @@ def _check(config: Config, name: str) -> None:
         (
             any(m * unet.model_channels % unet.num_heads for m in unet.channel_mult),
             "unet_config: every width must be a multiple of num_heads",
+        ),
+        (
+            len({ae.embed_dim, dd.z_channels, params.channels, unet.out_channels}) > 1,
+            "channels, embed_dim, z_channels and out_channels must be the same number",
+        ),
+        (dd.in_channels != 3 or dd.out_ch != 3, "ddconfig: in_channels and out_ch must be 3"),
+        (text.hidden_size % text.num_attention_heads != 0, "text_config: hidden_size must be a multiple of its heads"),
+        (text.hidden_act not in ("quick_gelu", "gelu"), "text_config: hidden_act must be quick_gelu or gelu"),
+        (text.max_position_embeddings != 77, "text_config: max_position_embeddings must be 77"),
+        (params.timesteps < 2, "timesteps must be at least 2"),
+        (not 0 < params.linear_start < params.linear_end < 1, "0 < linear_start < linear_end < 1 must hold"),
+        (not params.scale_factor > 0, "scale_factor must be positive"),
+        (
+            sampling.multiple % 2**halvings != 0,
+            f"sampling: multiple must be a multiple of {2**halvings}, since the networks halve a side {halvings} times",
         ),
     ]
     for bad, message in wrong:

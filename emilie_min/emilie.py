@@ -7,99 +7,20 @@ the other: z_img = f z. For the first edit z_img is simply E(I).
 """
 
 import hashlib
-import json
+import operator
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor, nn
 
-from . import checkpoint, images, sampling
-from .config import BUILT_IN, Config, load_config
+from . import images, sampling
+from .checkpoint import Report
+from .config import GATES, ITERATES, RESCALES, Config
 from .errors import CanvasError, CheckpointError, EmilieError, InstructionError, MaskError, SamplingError
-from .text import TextEncoder
-from .unet import UNetModel
-from .vae import AutoencoderKL
-
-RESCALES = ("paper", "signed", "exact", "none")
-ITERATES = ("latent", "image")
-FORMAT = "emilie canvas 1"
-
-
-def load(
-    weights: str | Path | None = None,
-    config: str | Path | None = None,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    tokenizer: str | Path | None = None,
-) -> "Editor":
-    """Networks from a file, ready to edit.
-
-    weights: None = the small model that ships, a .ckpt or .safetensors path, or "random"; config: "ip2p", "sd15",
-    "toy", a YAML path, or None = told by the file's tensors; device, dtype: None = CUDA in float16 if there is one,
-    else CPU in float32; tokenizer: a folder with CLIP's vocab.json and merges.txt. Raises CheckpointError, ConfigError.
-    """
-    device = _device(device)
-    if dtype is None:
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
-    elif isinstance(dtype, str):
-        if dtype not in ("float32", "float16", "bfloat16"):
-            raise EmilieError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
-        dtype = getattr(torch, dtype)
-    folders = weights_folders()
-    if weights is None:
-        found = [folder / "toy.safetensors" for folder in folders if (folder / "toy.safetensors").is_file()]
-        weights = found[0] if found else folders[0] / "toy.safetensors"
-
-    entries = None
-    if weights == "random":
-        config = config or "toy"
-    else:
-        entries = checkpoint.index(weights)
-        if config is None:
-            config = checkpoint.fits(entries)
-            if config is None:
-                raise CheckpointError(f"{weights} is {checkpoint.describe(entries)}")
-    name, config = str(config), load_config(config)
-    params = config.model.params
-    tokenizers = ([Path(tokenizer)] if tokenizer else []) + [f / sub for f in folders for sub in ("tokenizer", ".")]
-    with torch.device("cpu" if weights == "random" else "meta"), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # for "random"; nothing is drawn on the meta device
-        networks = {
-            "unet": UNetModel(params.unet_config.params),
-            "vae": AutoencoderKL(params.first_stage_config.params),
-            "text": TextEncoder(params.cond_stage_config.params, tuple(tokenizers)),
-        }
-    if weights == "random":
-        report = checkpoint.Report("random")
-        for network in networks.values():
-            network.to(device, dtype).requires_grad_(False).eval()
-    else:
-        report = checkpoint.load(networks, weights, device, dtype, entries)
-    model = f"{name if name in BUILT_IN else Path(name).stem}/{Path(weights).name}"
-    return Editor(config, **networks, device=device, dtype=dtype, model=model, report=report)
-
-
-def weights_folders() -> list[Path]:
-    """Where weights and tokenizers are looked for: ./weights, the clone's weights/, the installed package's."""
-    here = Path(__file__).resolve().parent
-    return [Path("weights"), here.parent / "weights", here / "weights"]
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise EmilieError(f"device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def random_latent(shape: tuple[int, ...], *key: object) -> Callable[..., Tensor]:
@@ -121,7 +42,7 @@ class Editor:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         model: str = "",
-        report: checkpoint.Report | None = None,
+        report: Report | None = None,
     ):
         params = config.model.params
         self.config, self.unet, self.vae, self.text = config, unet, vae, text
@@ -133,7 +54,10 @@ class Editor:
     @torch.no_grad()
     def encode(self, image: Image.Image) -> Tensor:
         """A working picture to its image latent, the posterior's mode, unscaled: (1, 4, h, w) float32."""
-        return self.vae.encode(images.to_tensor(image).to(self.device, self.dtype)).float()
+        z_img = self.vae.encode(images.to_tensor(image).to(self.device, self.dtype)).float()
+        if not z_img.isfinite().all():
+            raise SamplingError(f"encoding the picture gave numbers that are not finite, in {self.dtype}")
+        return z_img
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -142,13 +66,16 @@ class Editor:
         Where half precision overflows, the decoder runs again in float32, with a warning.
         """
         if not z.isfinite().all():
-            raise SamplingError(f"the sampled latent is not finite: {self.dtype} overflowed, use --dtype float32")
+            what = "use --dtype float32" if self.dtype != torch.float32 else "lower the guidance scales"
+            raise SamplingError(f"the sampled latent is not finite, in {self.dtype}: {what}")
         z = z.to(self.device) / self.scale_factor
         image = self.vae.decode(z.to(self.dtype)).float()
         if not image.isfinite().all() and self.dtype != torch.float32:
             warnings.warn(f"decoding overflowed in {self.dtype}: decoded again in float32", stacklevel=2)
-            image = self.vae.float().decode(z.float())
-            self.vae.to(self.dtype)
+            try:
+                image = self.vae.float().decode(z.float())
+            finally:
+                self.vae.to(self.dtype)
         if not image.isfinite().all():
             raise SamplingError("decoding gave numbers that are not finite: are these the right weights?")
         return image
@@ -211,23 +138,26 @@ class Editor:
         mask: (B or 1, 1, h, w) in [0, 1]; gate: "anchor" leads back to `source` outside the mask (diffusion scale,
         default scale_factor * z_img), "eq8" sets eps to zero there, "guidance" gates the instruction's term alone.
         """
-        if gate not in sampling.GATES:
-            raise SamplingError(f"unknown gate {gate!r}: choose from {', '.join(sampling.GATES)}")
-        if mask is None:
-            text_map, source = text_scale, None
-        else:
+        if gate not in GATES:
+            raise SamplingError(f"unknown gate {gate!r}: choose from {', '.join(GATES)}")
+        source = self.scale_factor * z_img if source is None else source
+        z_img, source, cond, uncond = (y.to(self.device) for y in (z_img, source, cond, uncond))
+        gated = {}
+        if mask is not None:
             mask = mask.to(self.device, torch.float32)
-            text_map = mask * text_scale if gate == "guidance" else text_scale
-            source = (self.scale_factor * z_img if source is None else source).to(self.device, torch.float32)
-        z_img = z_img.to(self.device)
+            if gate == "guidance":
+                text_scale = mask * text_scale
+            elif gate == "eq8":
+                gated = {"mask": mask}
+            else:
+                gated = {"mask": mask, "source": source.float()}
         return sampling.sample_euler_ancestral(
-            lambda x, sigma: self.denoise(x, sigma, z_img, cond, uncond, text_map, image_scale),
+            lambda x, sigma: self.denoise(x, sigma, z_img, cond, uncond, text_scale, image_scale),
             noise_init.to(self.device, torch.float32) * sigmas[0].item(),
             sigmas,
             lambda sigma, sigma_next: noise_sampler(sigma, sigma_next).to(self.device),
-            mask=None if gate == "guidance" else mask,
-            source=source if gate == "anchor" else None,
             callback=callback,
+            **gated,
         )
 
     def open(self, image: images.Picture, seed: int = 0, resolution: int | str | None = None) -> "Canvas":
@@ -236,22 +166,27 @@ class Editor:
         resolution: of the longer side in px, "native", or None = what the model's config names; sides become
         multiples of the config's `multiple`, native ones of what the networks need. Raises ImageError.
         """
+        self.check_can_edit()
+        defaults, original = self.config.sampling, images.read_image(image)
+        native = isinstance(resolution, str) and resolution == "native"
+        resolution = defaults.resolution if resolution is None else resolution
+        multiple = self.vae.factor * 2**self.unet.halvings if native else defaults.multiple
+        size = images.fit_size(original.size, resolution, multiple)
+        picture = images.crop(original, size) if native else images.fit(original, size)
+        with memory_told(f"at {size[0]}x{size[1]} px: lower --resolution"):
+            z_img = self.encode(picture).cpu()
+        seed = whole(seed, "seed")
+        root = State("", self.scale_factor * z_img, picture)
+        z_init = random_latent(tuple(z_img.shape), seed, "init")()
+        return Canvas(self, seed, original.size, native, z_init, z_img, [root])
+
+    def check_can_edit(self) -> None:
+        """Raises CheckpointError for a UNet without room for the picture's latent."""
         if self.unet.in_channels != 2 * self.config.model.params.channels:
             raise CheckpointError(
                 f"{self.model} takes {self.unet.in_channels} channels and editing needs 8, a noisy latent and the "
                 "picture's: these are Stable Diffusion weights; get InstructPix2Pix's with `emilie download`"
             )
-        defaults = self.config.sampling
-        original = images.read_image(image)
-        multiple = self.vae.factor * 2**self.unet.halvings if resolution == "native" else defaults.multiple
-        resolution = defaults.resolution if resolution is None else resolution
-        size = images.fit_size(original.size, resolution, multiple)
-        picture = images.fit(original, size)
-        with _memory_told(size):
-            z_img = self.encode(picture).cpu()
-        root = State("", self.scale_factor * z_img, picture)
-        z_init = random_latent(tuple(z_img.shape), seed, "init")()
-        return Canvas(self, seed, original.size, z_init, z_img, [root])
 
 
 @dataclass
@@ -274,6 +209,7 @@ class Canvas:
     editor: Editor
     seed: int
     original_size: tuple[int, int]  # (width, height) of the picture that was opened
+    native: bool  # whether it was cropped to working size instead of scaled
     z_init: Tensor
     z_img: Tensor  # E(I) of the opened picture
     states: list[State]
@@ -286,13 +222,13 @@ class Canvas:
 
     @property
     def image(self) -> Image.Image:
-        """The current picture, at working size."""
-        return self.state.image
+        """A copy of the current picture, at working size."""
+        return self.state.image.copy()
 
     @property
     def latent(self) -> Tensor:
-        """The current latent in diffusion scale, (1, 4, h, w) float32."""
-        return self.state.latent
+        """A copy of the current latent in diffusion scale, (1, 4, h, w) float32."""
+        return self.state.latent.clone()
 
     @property
     def history(self) -> list[State]:
@@ -333,29 +269,28 @@ class Canvas:
         editor, parent, defaults = self.editor, self.state, self.editor.config.sampling
         settings = {
             "steps": defaults.steps if steps is None else steps,
-            "text_scale": float(defaults.text_scale if text_scale is None else text_scale),
-            "image_scale": float(defaults.image_scale if image_scale is None else image_scale),
+            "text_scale": defaults.text_scale if text_scale is None else text_scale,
+            "image_scale": defaults.image_scale if image_scale is None else image_scale,
             "gate": gate,
-            "soft": soft,
+            "soft": bool(soft),
             "rescale": rescale,
             "iterate": iterate,
-            "keep_background": keep_background,
+            "keep_background": bool(keep_background),
             "seed": self.seed if seed is None else seed,
         }
-        _check_settings(settings)
+        settings = checked(settings)
         if not isinstance(instruction, str):
             raise InstructionError(f"an instruction is a text, not {type(instruction).__name__}")
         if not instruction.strip() and not allow_empty:
             raise InstructionError("the instruction is empty: say what to change")
-        pixel_mask = gate_mask = None
+        pixel_mask = cells = None
         if mask is not None:
-            pixel_mask = images.read_mask(mask, self.original_size, parent.image.size)
-            gate_mask = images.latent_mask(pixel_mask, editor.vae.factor, soft)
+            pixel_mask, cells = self.read_mask(mask, soft)
         elif keep_background:
             raise MaskError("keep_background needs a mask: without one there is no background")
-        cond, uncond = editor.context([instruction, ""]).split(1)
 
-        with _memory_told(parent.image.size):
+        with memory_told(f"at {parent.image.width}x{parent.image.height} px: lower --resolution"):
+            cond, uncond = editor.context([instruction, ""]).split(1)
             z_img, f = self.image_latent(rescale, iterate)
             latent = editor.sample(
                 z_img,
@@ -364,19 +299,26 @@ class Canvas:
                 sampling.get_sigmas(settings["steps"], editor.alphas_cumprod),
                 self.z_init,
                 random_latent(tuple(self.z_init.shape), settings["seed"], "edit", len(self.history)),
-                mask=gate_mask,
+                mask=cells,
                 gate=gate,
                 source=parent.latent if iterate == "latent" else None,
                 text_scale=settings["text_scale"],
                 image_scale=settings["image_scale"],
                 callback=callback,
             ).cpu()
+            if keep_background:  # whatever the gate: the next edit starts from what is seen
+                latent = torch.where(cells == 0, parent.latent, latent)
             image = images.to_image(editor.decode(latent))
         if keep_background:
             image = images.paste(image, parent.image, pixel_mask, feather=editor.vae.factor // 2)
         self.states.append(State(instruction, latent, image, self.at, pixel_mask, settings, f))
         self.at, self.undone = len(self.states) - 1, []
-        return image
+        return self.image
+
+    def read_mask(self, mask: images.Picture | images.Box, soft: bool = False) -> tuple[Image.Image, Tensor]:
+        """A mask as PIL "L" at working size and as cells of the latent, (1, 1, h, w). Raises MaskError."""
+        pixels = images.read_mask(mask, self.original_size, self.state.image.size, self.native, soft)
+        return pixels, images.latent_mask(pixels, self.editor.vae.factor, soft)
 
     def image_latent(self, rescale: str = "paper", iterate: str = "latent") -> tuple[Tensor, float | None]:
         """z_img for the next edit, unscaled (1, 4, h, w), and the f that made it: z_img = f z (Alg. 1).
@@ -384,7 +326,7 @@ class Canvas:
         f has to undo the factor by which diffusion-scale latents are smaller than the encoder's output, and the paper
         estimates it from the decoded picture: "paper": avg|E(D(z))| / avg|z|, the ratio of mean magnitudes;
         "signed": avg E(D(z)) / avg z to the letter, whose means can cancel, so it is refused where it is not
-        within a factor of 4 of "paper"; "exact": 1 / scale_factor, what is estimated; "none": 1, to show why f is needed.
+        within a factor of 4 of "paper"; "exact": 1 / scale_factor, what is estimated; "none": 1, to show what f is for.
         """
         editor, z = self.editor, self.state.latent
         if self.state.parent is None:
@@ -403,6 +345,15 @@ class Canvas:
                 raise SamplingError(f"rescale='signed' gives f = {f:.3g} where 'paper' gives {paper:.3g}: use that")
         return f * z, f
 
+    def touched(self) -> Image.Image | None:
+        """Where any edit so far may have changed pixels, as a mask at working size; None: anywhere."""
+        if not all(state.settings["keep_background"] for state in self.history):
+            return None
+        union = Image.new("L", self.state.image.size)
+        for state in self.history:
+            union = ImageChops.lighter(union, state.mask.point(lambda v: 255 if v else 0))
+        return union
+
     def undo(self) -> Image.Image:
         """Back to the state that the current one was made from. Raises CanvasError at the beginning."""
         if self.state.parent is None:
@@ -418,105 +369,58 @@ class Canvas:
         self.at = self.undone.pop()
         return self.image
 
+    def save(self, path) -> None:
+        """The whole session as one .safetensors file; `open_canvas` reads it. Raises CanvasError."""
+        from .session import save_canvas
+
+        save_canvas(self, path)
+
     def branch(self, state: int) -> Image.Image:
         """Go to any state of the tree by its number in `states`, 0 the opened picture; the next edit starts there.
 
         Raises CanvasError for a number that is none.
         """
-        if not 0 <= state < len(self.states):
+        if not isinstance(state, int) or not 0 <= state < len(self.states):
             raise CanvasError(f"no state {state}: this canvas has states 0 to {len(self.states) - 1}")
         self.at, self.undone = state, []
         return self.image
 
-    def save(self, path: str | Path) -> None:
-        """The whole session as one .safetensors file, written whole or not at all. Raises CanvasError."""
-        tensors = {"z_init": self.z_init, "z_img": self.z_img}
-        for i, state in enumerate(self.states):
-            tensors[f"{i}.latent"] = state.latent
-            tensors[f"{i}.image"] = torch.from_numpy(np.array(state.image))
-            if state.mask is not None:
-                tensors[f"{i}.mask"] = torch.from_numpy(np.array(state.mask))
-        about = {
-            "model": self.editor.model,
-            "seed": self.seed,
-            "original_size": self.original_size,
-            "at": self.at,
-            "undone": self.undone,
-            "states": [
-                {"instruction": s.instruction, "parent": s.parent, "settings": s.settings, "f": s.f}
-                for s in self.states
-            ],
-        }
-        try:
-            checkpoint.write(tensors, path, {"format": FORMAT, "canvas": json.dumps(about)})
-        except OSError as error:
-            raise CanvasError(f"{path}: cannot write the canvas: {error.strerror or error}") from error
 
-
-def open_canvas(path: str | Path, editor: Editor) -> Canvas:
-    """A canvas that `Canvas.save` wrote. To go on with it gives what an uninterrupted session gives, bit for bit.
-
-    Warns where it was made with other weights. Raises CanvasError for another kind of file, and where the editor's
-    latents have another shape.
-    """
-    from safetensors import safe_open
-
-    if not Path(path).is_file():
-        raise CanvasError(f"no canvas at {path}")
+def whole(value, name: str) -> int:
+    """A whole number of any integer type as an int. Raises SamplingError."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CanvasError(f"{path} is no canvas of this version: its format is {metadata.get('format')!r}")
-            about = json.loads(metadata["canvas"])
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-        states = []
-        for i, record in enumerate(about["states"]):
-            mask = Image.fromarray(tensors[f"{i}.mask"].numpy()) if f"{i}.mask" in tensors else None
-            image = Image.fromarray(tensors[f"{i}.image"].numpy())
-            states.append(State(latent=tensors[f"{i}.latent"], image=image, mask=mask, **record))
-        canvas = Canvas(
-            editor,
-            about["seed"],
-            tuple(about["original_size"]),
-            tensors["z_init"],
-            tensors["z_img"],
-            states,
-            about["at"],
-            about["undone"],
-        )
-        width, height = canvas.image.size
-    except CanvasError:
-        raise
-    except Exception as error:  # whatever a broken or foreign file leads to
-        raise CanvasError(f"{path} cannot be read as a canvas: {str(error).splitlines()[0]}") from error
-    shape = (1, editor.config.model.params.channels, height // editor.vae.factor, width // editor.vae.factor)
-    if tuple(canvas.latent.shape) != shape:
-        raise CanvasError(f"{path} was made with {about['model']}, whose latents {editor.model} cannot use")
-    if about["model"] != editor.model:
-        warnings.warn(f"{path} was made with {about['model']} and goes on with {editor.model}", stacklevel=2)
-    return canvas
+        return operator.index(value)
+    except TypeError:
+        raise SamplingError(f"{name} must be a whole number, not {value!r}") from None
 
 
-def _check_settings(settings: dict) -> None:
-    """Raises SamplingError for what no edit can use."""
-    for key, allowed in (("gate", sampling.GATES), ("rescale", RESCALES), ("iterate", ITERATES)):
+def checked(settings: dict) -> dict:
+    """An edit's settings as plain Python values. Raises SamplingError for what no edit can use."""
+    for key, allowed in (("gate", GATES), ("rescale", RESCALES), ("iterate", ITERATES)):
         if settings[key] not in allowed:
             raise SamplingError(f"unknown {key} {settings[key]!r}: choose from {', '.join(allowed)}")
-    if not isinstance(settings["steps"], int) or not 1 <= settings["steps"] <= 1000:
+    settings |= {key: whole(settings[key], key) for key in ("steps", "seed")}
+    if not 1 <= settings["steps"] <= 1000:
         raise SamplingError(f"steps must be a whole number from 1 to 1000, not {settings['steps']}")
     for key in ("text_scale", "image_scale"):
-        if not np.isfinite(settings[key]):
-            raise SamplingError(f"{key} must be a finite number, not {settings[key]}")
+        try:
+            settings[key] = float(settings[key])
+        except (TypeError, ValueError):
+            settings[key] = float("nan")
+        if not abs(settings[key]) < float("inf"):
+            raise SamplingError(f"{key} must be a finite number")
+    return settings
 
 
 @contextmanager
-def _memory_told(size: tuple[int, int]):
-    """Say what to lower when the GPU's memory does not suffice."""
+def memory_told(where_and_what: str):
+    """Say what to lower where memory does not suffice, on a GPU or on the CPU."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise SamplingError(
-            f"CUDA is out of memory at {size[0]}x{size[1]} px: lower --resolution, use --dtype float16, "
-            "or close what else uses the GPU"
+    except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
+        cuda = isinstance(error, torch.cuda.OutOfMemoryError)
+        if not cuda and "can't allocate memory" not in str(error):
+            raise
+        raise EmilieError(
+            f"out of {'CUDA ' if cuda else ''}memory {where_and_what}, use --dtype float16, or close what else uses it"
         ) from error

@@ -49,10 +49,15 @@ def _open(picture: Picture, error: type[Exception]) -> Image.Image:
         picture = ImageOps.exif_transpose(picture)
     else:
         raise error(f"a picture must be a path, a PIL image or an array, not {type(picture).__name__}")
-    if picture.mode.startswith("I") or picture.mode == "F":  # 16 bits a channel, which convert("RGB") would clip
+    if picture.mode.startswith("I") or picture.mode == "F":  # deeper than 8 bits, which convert("RGB") would clip
         values = np.asarray(picture, dtype=np.float64)
-        scale = 1.0 if picture.mode == "F" and values.max() <= 1 else 65535.0 if values.max() > 255 else 255.0
-        picture = Image.fromarray((values.clip(0, scale) / scale * 255).round().astype(np.uint8))
+        tops = (65535.0,) if picture.mode != "F" else (1.0, 255.0, 65535.0)
+        top = next((top for top in tops if values.max() <= 1.05 * top), None)
+        if top is None or not values.min() >= -0.05 * top:  # not so for NaN either
+            raise error(
+                f"a picture with values from {values.min():.4g} to {values.max():.4g}: scale it to 8 bits first"
+            )
+        picture = Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8))
     return picture
 
 
@@ -82,7 +87,7 @@ def fit_size(size: tuple[int, int], resolution: int | str, multiple: int) -> tup
         if not width or not height:
             raise ImageError(f"{size[0]}x{size[1]} px is too small to be edited at its own size: give a resolution")
     else:
-        if not isinstance(resolution, int) or resolution < multiple:
+        if not hasattr(resolution, "__index__") or resolution < multiple:  # any type of integer
             raise ImageError(f'resolution must be "native" or at least {multiple}, not {resolution}')
         factor = resolution / max(width, height)
         factor = math.ceil(min(width, height) * factor / multiple) * multiple / min(width, height)
@@ -92,18 +97,33 @@ def fit_size(size: tuple[int, int], resolution: int | str, multiple: int) -> tup
     return width, height
 
 
-def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def fit(image: Image.Image, size: tuple[int, int], resample: int = Image.Resampling.LANCZOS) -> Image.Image:
     """Scale to cover `size` and crop to it around the centre (the original's ImageOps.fit, Lanczos)."""
-    return image if image.size == size else ImageOps.fit(image, size, method=Image.Resampling.LANCZOS)
+    return image if image.size == size else ImageOps.fit(image, size, method=resample)
 
 
-def unfit(edited: Image.Image, original: Image.Image) -> Image.Image:
-    """An edited working picture at the size of the picture it came from, whose cropped-off edges are kept."""
-    ratio = min(original.width / edited.width, original.height / edited.height)
-    width, height = round(edited.width * ratio), round(edited.height * ratio)
+def crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Crop to `size` around the centre, to the bit: what "native" does to a picture and its masks."""
+    x, y = (image.width - size[0]) // 2, (image.height - size[1]) // 2
+    return image.crop((x, y, x + size[0], y + size[1]))
+
+
+def unfit(
+    edited: Image.Image, original: Image.Image, native: bool = False, touched: Image.Image | None = None
+) -> Image.Image:
+    """An edited working picture at the size of the picture it came from, whose cropped-off edges are kept.
+
+    native: it was cropped, not scaled. touched: a mask at working size, outside which the original is kept to the bit.
+    """
+    ratio = 1 if native else min(original.width / edited.width, original.height / edited.height)
+    size = round(edited.width * ratio), round(edited.height * ratio)
+    corner = (original.width - size[0]) // 2, (original.height - size[1]) // 2
+    alpha = Image.new("L", size, 255)
+    if touched is not None:
+        inner = touched if native else touched.filter(ImageFilter.MinFilter(3))  # so that scaling does not spread it
+        alpha = inner.resize(size, Image.Resampling.NEAREST)
     out = original.copy()
-    corner = (original.width - width) // 2, (original.height - height) // 2
-    out.paste(edited.resize((width, height), Image.Resampling.LANCZOS), corner)
+    out.paste(edited if edited.size == size else edited.resize(size, Image.Resampling.LANCZOS), corner, alpha)
     return out
 
 
@@ -113,13 +133,15 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_image(x: Tensor, truncate: bool = False) -> Image.Image:
-    """(1, 3, H, W), clamped to [-1, 1], -> PIL RGB; rounded, or truncated as the original does (half a level darker)."""
+    """(1, 3, H, W), clamped to [-1, 1], -> PIL RGB; rounded, or truncated as the original does (half a level dark)."""
     levels = ((x[0].float().clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).cpu()
     return Image.fromarray((levels if truncate else levels.round()).byte().numpy())
 
 
-def read_mask(mask: Picture | Box, original: tuple[int, int], working: tuple[int, int]) -> Image.Image:
-    """A mask as PIL "L" at working size, white where to edit, grey for in between.
+def read_mask(
+    mask: Picture | Box, original: tuple[int, int], working: tuple[int, int], native: bool = False, soft: bool = False
+) -> Image.Image:
+    """A mask as PIL "L" at working size, white where to edit; black or white, with `soft` also grey.
 
     A picture or array has the size (width, height) of the input or of the working picture; a box (x0, y0, x1, y1) is
     in pixels of the input, its far edges excluded. Raises MaskError.
@@ -139,6 +161,8 @@ def read_mask(mask: Picture | Box, original: tuple[int, int], working: tuple[int
                 image.convert("L"), Image.new("L", image.size), image.convert("RGBA").getchannel("A")
             )
         image = image.convert("L")
+        if 0 < image.getextrema()[1] <= 1 and not isinstance(mask, np.ndarray):
+            raise MaskError("the mask's values are 0 and 1 of 255, black to the eye: use 0 and 255")
         if image.size not in (original, working):
             raise MaskError(
                 f"the mask has {image.width}x{image.height} px and the picture {original[0]}x{original[1]}: "
@@ -147,7 +171,11 @@ def read_mask(mask: Picture | Box, original: tuple[int, int], working: tuple[int
     if not image.getbbox():
         raise MaskError("the mask is empty: white marks where to edit")
     if image.size == original != working:
-        image = ImageOps.fit(image, working, method=Image.Resampling.BOX)
+        image = crop(image, working) if native else fit(image, working, Image.Resampling.BOX)
+    if not soft:
+        image = image.point(lambda v: 255 if v >= 128 else 0)
+    if not image.getbbox():
+        raise MaskError("nothing is left of the mask: it is fainter than middle grey, or lies where edges are cropped")
     return image
 
 

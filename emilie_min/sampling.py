@@ -9,8 +9,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-GATES = ("anchor", "eq8", "guidance")
-
 
 def alphas_cumprod(linear_start: float, linear_end: float, timesteps: int) -> Tensor:
     """Latent diffusion's schedule, betas linear in their square roots; (timesteps,) float32, computed in float64."""
@@ -91,8 +89,8 @@ def sample_euler_ancestral(
         sigma_down, sigma_up = get_ancestral_step(sigma, sigma_next)
         eps = (x - denoised) / sigma
         if mask is not None:
-            rest = 0 if source is None else (x - source) / sigma
-            eps = mask * eps + (1 - mask) * rest  # Eq. 8: m * eps
+            away = 0 if source is None else (x - source) / sigma  # the eps that leads back to the source
+            eps = mask * eps + (1 - mask) * away  # Eq. 8: with away = 0 this is m * eps
         x = x + eps * (sigma_down - sigma)
         if sigma_next > 0:
             x = x + noise_sampler(sigma, sigma_next) * sigma_up

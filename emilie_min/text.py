@@ -11,6 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .config import TextParams
 from .errors import InstructionError, TokenizerError
 
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
 LENGTH = 77  # tokens, the first and the last of which mark the ends
 
 
@@ -44,7 +45,7 @@ class TextEncoder(nn.Module):
                 )
             if max(ids, default=0) >= text_config.vocab_size:
                 raise TokenizerError(
-                    f"the tokenizer has more tokens than this text model's {text_config.vocab_size}: it is another model's"
+                    f"the tokenizer has more tokens than this text model's {text_config.vocab_size}: another model's"
                 )
             ids = [text_config.bos_token_id, *ids[: LENGTH - 2], text_config.eos_token_id]
             row[: len(ids)] = torch.tensor(ids)
@@ -69,8 +70,11 @@ class TextEncoder(nn.Module):
         folders = [Path(folder) for folder in self.tokenizer_folders]
         cached = try_to_load_from_cache(self.config.version, "vocab.json")  # a path, or something else that is none
         for folder in folders + ([Path(cached).parent] if isinstance(cached, str) else []):
-            if all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
-                return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            if all((folder / name).is_file() for name in TOKENIZER_FILES):
+                try:
+                    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+                except Exception as error:  # tokenizers raises bare Exceptions
+                    raise TokenizerError(f"the tokenizer files in {folder} cannot be read: {error}") from error
         raise TokenizerError(
             f"no tokenizer: vocab.json and merges.txt of {self.config.version} are neither in "
             f"{' nor '.join(map(str, folders)) or 'a named folder'} nor in the hub's cache. "

@@ -83,6 +83,46 @@ def test_input_size(photo, capsys):
     assert Image.open("out/odd-2_1.png").size == (96, 48)
 
 
+def test_options_may_stand_anywhere(photo, capsys):
+    code, _, err = run("edit", photo, "--seed", 1, "make it night", *MODEL, "make it day", capsys=capsys)
+    assert code == 0 and not err and Path("out/photo_2.png").exists()
+
+
+def test_names_that_are_patterns_are_not_overwritten(photo, capsys):
+    photo.rename("p[1].png")
+    for _ in range(2):
+        assert run("edit", "p[1].png", "make it night", *MODEL, capsys=capsys)[0] == 0
+    assert {"p[1]_1.png", "p[1]-2_1.png"} <= {p.name for p in Path("out").iterdir()}
+
+
+def test_a_session_without_its_pictures_is_not_overwritten(photo, capsys):
+    assert run("edit", photo, "make it night", *MODEL, capsys=capsys)[0] == 0
+    for path in Path("out").glob("*.png"):
+        path.unlink()
+    assert run("edit", photo, "make it day", *MODEL, capsys=capsys)[0] == 0
+    assert Path("out/photo-2_1.png").exists()
+
+
+def test_going_on_refuses_what_it_cannot_change(photo, capsys):
+    assert run("edit", photo, "make it night", "--canvas", "s.safetensors", *MODEL, capsys=capsys)[0] == 0
+    for args, message in (
+        (["phto.png", "make it day"], "no picture at phto.png"),
+        (["make it day", "--resolution", "64"], "--resolution"),
+    ):
+        code, _, err = run("edit", *args, "--canvas", "s.safetensors", *MODEL, capsys=capsys)
+        assert code == 2 and message in err[0]
+
+
+def test_demo_wants_the_small_worlds_model(photo, capsys):
+    config = Path("big.yaml")
+    from importlib.resources import files
+
+    text = (files("emilie_min") / "configs" / "toy.yaml").read_text()
+    config.write_text(text.replace("resolution: 64", "resolution: 128"))
+    code, _, err = run("demo", "--weights", "random", "--config", config, "--device", "cpu", capsys=capsys)
+    assert code == 2 and "small world" in err[0] and not Path("out").exists()
+
+
 def broken_png(path: Path) -> None:
     path.write_bytes(Path("photo.png").read_bytes()[:300])
 
@@ -117,6 +157,8 @@ BAD = {
     "no weights": (["photo.png", "make it night", "--weights", "none.ckpt"], "no weights at none.ckpt"),
     "weights of garbage": (["photo.png", "make it night", "--weights", "photo.png"], "neither"),
     "unknown config": (["photo.png", "make it night", "--config", "none.yaml"], "none.yaml"),
+    "tokenizer of nothing": (["photo.png", "make it night", "--tokenizer", "none"], "vocab.json"),
+    "device of nothing": (["photo.png", "make it night", "--device", "meta"], "cannot be used"),
     "output in a file": (["photo.png", "make it night", "--out", "photo.png"], "cannot write"),
     "output below a file": (["photo.png", "make it night", "--out", "photo.png/x"], "cannot write"),
     "canvas of garbage": (["photo.png", "make it night", "--canvas", "photo.png"], "canvas"),

@@ -1,4 +1,4 @@
-"""The model that ships: it edits, `emilie demo` shows it, the evaluation measures it and the trainer can make it anew."""
+"""The model that ships: it edits, the demo shows it, the evaluation measures it, the trainer can make it anew."""
 
 import json
 import sys

@@ -12,9 +12,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import images
-from ..emilie import RESCALES, Canvas, Editor
+from ..config import GATES, RESCALES
+from ..emilie import Canvas, Editor
 from ..errors import SamplingError
-from ..sampling import GATES
 from . import world
 from .judge import judge, psnr
 

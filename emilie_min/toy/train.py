@@ -5,12 +5,16 @@
     python -m emilie_min.toy.train export weights/toy.safetensors
 
 With `torchrun --nproc_per_node 2 -m emilie_min.toy.train ...` each process takes its share of every batch; on two
-cores, two processes of one thread each (OMP_NUM_THREADS=1) are faster than one of two. Each stage keeps its state in `--runs` (default `runs/toy`), written atomically every few minutes; started again, it
-goes on from there. The objective of `edit` is InstructPix2Pix's (Brooks et al. 2023, Eq. 1): predict the noise in the
-latent of the edited picture, given the source's latent and the instruction, each dropped for 5% of the samples and
-both for another 5%. Two departures make it affordable on two CPU cores, where a run sees some 10^5 samples: the loss
-is weighted by 1 / alpha_cumprod, bounded, because plain eps loss hardly feels an error in the clean latent at high
-noise; and high noise, where the edit is decided, is drawn more often than low noise, where it only has to be kept.
+cores, two processes of one thread each (OMP_NUM_THREADS=1) are faster than one of two. Each stage keeps its state in
+`--runs` (default `runs/toy`), written atomically every few minutes; started again, it goes on from there.
+
+The objective of `edit` is InstructPix2Pix's (Brooks et al. 2023, Eq. 1): predict the noise in the latent of the edited
+picture, given the source's latent and the instruction, each dropped for 5% of the samples and both for another 5%. Two
+departures make it affordable on two CPU cores, where a run sees some 10^5 samples: the loss is weighted by
+1 / alpha_cumprod, bounded, because plain eps loss hardly feels an error in the clean latent at high noise; and high
+noise, where the edit is decided, is drawn more often than low noise, where it only has to be kept.
+
+COST
 """
 
 import argparse
@@ -35,7 +39,7 @@ from ..unet import UNetModel
 from ..vae import AutoencoderKL
 from . import world
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 FIRST_SEED = 10**9  # training scenes are seeded from here on; everything below is left to tests and evaluation
 
 
@@ -58,7 +62,6 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for mean, new in zip(self.module.parameters(), module.parameters()):
             mean.lerp_(new, 1 - decay)
@@ -75,7 +78,7 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             print(f"{path}: going on from step {self.step}")
-        torch.manual_seed(self.step * WORLD + RANK)
+        torch.manual_seed(self.step * PROCESSES + RANK)
 
     def save(self) -> None:
         if RANK:
@@ -90,11 +93,11 @@ def average(tensors: list[Tensor]) -> None:
     """Replace tensors by their mean over the processes, in one exchange."""
     flat = torch.cat([x.flatten() for x in tensors])
     dist.all_reduce(flat)
-    for x, mean in zip(tensors, (flat / WORLD).split([x.numel() for x in tensors])):
+    for x, mean in zip(tensors, (flat / PROCESSES).split([x.numel() for x in tensors])):
         x.copy_(mean.view_as(x))
 
 
-def loop(run: Run, steps: int, optimizer, lr: float, update, ema: EMA, every: float = 120.0) -> None:
+def loop(run: Run, model: nn.Module, ema: EMA, optimizer, steps: int, lr: float, update, every: float = 120.0) -> None:
     """Call `update(step)` -> loss until `steps`; warm the rate up, then cool it to a tenth by a cosine."""
     saved, smooth = time.time(), None
     bar = tqdm(range(run.step, steps), initial=run.step, total=steps, mininterval=10, disable=RANK > 0)
@@ -106,15 +109,14 @@ def loop(run: Run, steps: int, optimizer, lr: float, update, ema: EMA, every: fl
         loss = update(step)
         optimizer.zero_grad()
         loss.backward()
-        if WORLD > 1:
+        if PROCESSES > 1:
             average([p.grad for p in parameters])
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         bar.set_postfix_str(f"loss {smooth:.4f}", refresh=False)
         run.step = ema.updates = step + 1
-        ema.updates -= 1
-        ema.update(run.model)
+        ema.update(model)
         if time.time() - saved > every:
             run.save()
             saved = time.time()
@@ -122,7 +124,7 @@ def loop(run: Run, steps: int, optimizer, lr: float, update, ema: EMA, every: fl
 
 
 def autocast(args):
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.bf16)
+    return torch.autocast(args.device.partition(":")[0], torch.bfloat16, enabled=args.bf16)
 
 
 def train_vae(args, config) -> None:
@@ -133,10 +135,9 @@ def train_vae(args, config) -> None:
     ema = EMA(vae, 0.999)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     run = Run(args.runs / "vae.pt", vae=vae, ema=ema.module, optimizer=optimizer)
-    run.model = vae
 
     def update(step: int) -> Tensor:
-        first = FIRST_SEED + (step * WORLD + RANK) * args.batch
+        first = FIRST_SEED + (step * PROCESSES + RANK) * args.batch
         seeds = range(first, first + args.batch)
         scenes = [edit_pair(seed)[2] for seed in seeds]
         x = to_tensor([world.pixels(s) for s in scenes]).to(args.device, memory_format=torch.channels_last)
@@ -149,7 +150,7 @@ def train_vae(args, config) -> None:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return (weight * (out - x).abs()).mean() + 1e-4 * kl
 
-    loop(run, args.steps, optimizer, args.lr, update, ema)
+    loop(run, vae, ema, optimizer, args.steps, args.lr, update)
     if RANK:
         return
     ema.module.eval()
@@ -205,7 +206,6 @@ def train_edit(args, config) -> None:
     ema = EMA(model, 0.9995)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
     run = Run(args.runs / "edit.pt", model=model, ema=ema.module, optimizer=optimizer)
-    run.model = model
     cumprod = alphas_cumprod(params.linear_start, params.linear_end, params.timesteps).to(args.device)
     empty = model.text.tokenize([""]).to(args.device)
     per_pool = args.pool * args.reuse // args.batch
@@ -215,7 +215,7 @@ def train_edit(args, config) -> None:
         nonlocal now, order, data
         if step // per_pool != now:
             now = step // per_pool
-            data = pool(args, config, vae, model.text, FIRST_SEED + (now * WORLD + RANK) * args.pool, args.pool)
+            data = pool(args, config, vae, model.text, FIRST_SEED + (now * PROCESSES + RANK) * args.pool, args.pool)
             generator = torch.Generator().manual_seed(now)
             order = torch.cat([torch.randperm(args.pool, generator=generator) for _ in range(args.reuse)])
         rows = order[step % per_pool * args.batch :][: args.batch]
@@ -237,7 +237,7 @@ def train_edit(args, config) -> None:
         weight = (1 / a).clamp(max=args.bound)
         return (weight * F.mse_loss(eps, noise, reduction="none").mean((1, 2, 3))).mean()
 
-    loop(run, args.steps, optimizer, args.lr, update, ema)
+    loop(run, model, ema, optimizer, args.steps, args.lr, update)
 
 
 def export(args, config) -> None:
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("vae", "edit", "export"))
     parser.add_argument("out", nargs="?", type=Path, default=Path("weights/toy.safetensors"), help="for export")
     parser.add_argument("--runs", type=Path, default=Path("runs/toy"), help="where states are kept")
-    parser.add_argument("--steps", type=int, help="batches in all; default 4000 (vae), 12000 (edit)")
+    parser.add_argument("--steps", type=int, help="batches in all; default 4500 (vae), 12000 (edit)")
     parser.add_argument("--batch", type=int, help="of each process; default 16 (vae), 32 (edit)")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -277,8 +277,10 @@ def main() -> None:
     parser.add_argument("--bound", type=float, default=30.0, help="bound of the loss weight 1 / alpha_cumprod (edit)")
     args = parser.parse_args()
     config = load_config("toy")
-    if WORLD > 1:
+    if PROCESSES > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     defaults = {"vae": (4500, 16, 1.5e-3), "edit": (12000, 32, 6e-4), "export": (0, 0, 0.0)}[args.stage]
     args.steps, args.batch, args.lr = (given or d for given, d in zip((args.steps, args.batch, args.lr), defaults))
     torch.manual_seed(0)

@@ -1,0 +1,88 @@
+"""From a weight file to an `Editor`: which config, which device, and networks built without initialising them."""
+
+from pathlib import Path
+
+import torch
+
+from . import checkpoint
+from .config import BUILT_IN, load_config
+from .emilie import Editor, memory_told
+from .errors import CheckpointError, EmilieError, TokenizerError
+from .text import TOKENIZER_FILES, TextEncoder
+from .unet import UNetModel
+from .vae import AutoencoderKL
+
+
+def load(
+    weights: str | Path | None = None,
+    config: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+) -> "Editor":
+    """Networks from a file, ready to edit.
+
+    weights: None = the small model that ships, a .ckpt or .safetensors path, or "random"; config: "ip2p", "sd15",
+    "toy", a YAML path, or None = told by the file's tensors; device, dtype: None = CUDA in float16 if there is one,
+    else CPU in float32; tokenizer: a folder with CLIP's vocab.json and merges.txt. Raises CheckpointError, ConfigError.
+    """
+    if tokenizer and not all((Path(tokenizer) / name).is_file() for name in TOKENIZER_FILES):
+        raise TokenizerError(f"{tokenizer} does not hold {' and '.join(TOKENIZER_FILES)}")
+    device = _device(device)
+    if dtype is None:
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+    elif isinstance(dtype, str):
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise EmilieError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
+        dtype = getattr(torch, dtype)
+    folders = weights_folders()
+    if weights is None:
+        found = [folder / "toy.safetensors" for folder in folders if (folder / "toy.safetensors").is_file()]
+        weights = found[0] if found else folders[0] / "toy.safetensors"
+
+    entries = None
+    if weights == "random":
+        config = config or "toy"
+    else:
+        entries = checkpoint.index(weights)
+        if config is None:
+            config = checkpoint.fits(entries)
+            if config is None:
+                raise CheckpointError(f"{weights} is {checkpoint.describe(entries)}")
+    name, config = str(config), load_config(config)
+    params = config.model.params
+    tokenizers = ([Path(tokenizer)] if tokenizer else []) + [f / sub for f in folders for sub in ("tokenizer", ".")]
+    with torch.device("cpu" if weights == "random" else "meta"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # for "random"; nothing is drawn on the meta device
+        networks = {
+            "unet": UNetModel(params.unet_config.params),
+            "vae": AutoencoderKL(params.first_stage_config.params),
+            "text": TextEncoder(params.cond_stage_config.params, tuple(tokenizers)),
+        }
+    with memory_told("while the weights were loaded"):
+        if weights == "random":
+            report = checkpoint.Report("random")
+            for network in networks.values():
+                network.to(device, dtype).requires_grad_(False).eval()
+        else:
+            report = checkpoint.load(networks, weights, device, dtype, entries)
+    model = f"{name if name in BUILT_IN else Path(name).stem}/{Path(weights).name}"
+    return Editor(config, **networks, device=device, dtype=dtype, model=model, report=report)
+
+
+def weights_folders() -> list[Path]:
+    """Where weights and tokenizers are looked for: ./weights, the clone's weights/, the installed package's."""
+    here = Path(__file__).resolve().parent
+    return [Path("weights"), here.parent / "weights", here / "weights"]
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0][:120]
+        raise EmilieError(f"device {device} cannot be used here: {reason}") from error
+    return device
