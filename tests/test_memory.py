@@ -21,7 +21,7 @@ import json, resource, sys
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 import torch, emilie_min
-from emilie_min import checkpoint, emilie, files
+from emilie_min import files, loading
 torch.set_num_threads(1)
 files.meta_networks(files.load_config("ip2p"))
 before = peak()
@@ -59,7 +59,7 @@ def full(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["ckpt", "safetensors"])
 def test_loading(full, kind):
     """At most half as much again as the kept weights, the interpreter and its libraries included."""
-    code = f"result = emilie.load({str(full / f'full.{kind}')!r}, device='cpu', dtype='float16').report.nbytes"
+    code = f"result = loading.load({str(full / f'full.{kind}')!r}, device='cpu', dtype='float16').report.nbytes"
     before, after, kept = measured(code)
     assert kept == 2 * (859_532_484 + 83_653_863 + 123_060_480)
     assert after <= 1.5 * kept
