@@ -4,6 +4,7 @@ The files are hollow: headers and pickles are real, the numbers are a hole in th
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from pseudo import manifest
 from test_files import hollow
 
 from emilie_min import checkpoint, files
+from emilie_min.errors import CheckpointError
 
 pytestmark = pytest.mark.slow
 PRELUDE = """
@@ -39,19 +41,23 @@ def measured(code):
     return before, after, result
 
 
-@pytest.fixture(scope="module")
-def full(tmp_path_factory):
-    """The released layout at full size, in both formats."""
-    folder = tmp_path_factory.mktemp("full")
+def hollow_ckpt(path):
+    """The released layout as torch.save writes it; see `hollow` for the other format."""
     with torch._subclasses.FakeTensorMode():
         state = {
             key: torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
             for key, entry in manifest("manifest")["state_dict"].items()
         }
         with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save({"epoch": 3, "state_dict": state}, folder / "full.ckpt")
-    hollow(folder / "full.safetensors")
-    for path in folder.iterdir():
+            torch.save({"epoch": 3, "state_dict": state}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """The released layout at full size, in both formats."""
+    folder = tmp_path_factory.mktemp("full")
+    for path in (hollow_ckpt(folder / "full.ckpt"), hollow(folder / "full.safetensors")):
         assert path.stat().st_size > 7.7e9
     return folder
 
@@ -75,3 +81,18 @@ def test_converting(full, kind, tmp_path):
     assert target.stat().st_size > 2.13e9 and len(checkpoint.index(target)) == 686 + 248 + 196
     target.unlink()
     assert after - before <= 0.5e9
+
+
+def test_a_full_size_file_that_breaks_off(tmp_path):
+    """Beyond 4 GB zip files change their layout."""
+    path = hollow_ckpt(tmp_path / "full.ckpt")
+    places = sorted(checkpoint.index(path).items(), key=lambda item: item[1].offset)
+    for cut in (7_600_000_000, 5_500_000_000, 4_294_967_296, 1_000_000_000):
+        with open(path, "r+b") as f:
+            f.truncate(cut)
+        with pytest.raises(CheckpointError, match="it ends within") as caught:
+            checkpoint.index(path)
+        after = next(i for i, (_, e) in enumerate(places) if e.offset + e.nbytes > cut)
+        missing = sum(e.nbytes for _, e in places[after:]) - max(0, cut - places[after][1].offset)
+        name, short = re.search(r"it ends within (\S+), (\d+) bytes short", str(caught.value)).groups()
+        assert name in [key for key, _ in places[max(0, after - 1) : after + 1]] and int(short) == missing
