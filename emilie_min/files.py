@@ -25,17 +25,10 @@ def meta_networks(config: Config) -> dict:
     """The three networks of a config on the meta device: shapes and names, no memory. {"unet", "vae", "text"}."""
     import torch
 
-    from .text import TextEncoder
-    from .unet import UNetModel
-    from .vae import AutoencoderKL
+    from .loading import build
 
-    params = config.model.params
     with torch.device("meta"):
-        return {
-            "unet": UNetModel(params.unet_config.params),
-            "vae": AutoencoderKL(params.first_stage_config.params),
-            "text": TextEncoder(params.cond_stage_config.params),
-        }
+        return build(config)
 
 
 def _config(entries: dict, path: Path, config: str | Path | None) -> tuple[str, Config]:

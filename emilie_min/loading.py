@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from . import checkpoint
-from .config import BUILT_IN, load_config
+from .config import BUILT_IN, Config, load_config
 from .emilie import Editor, memory_told
 from .errors import CheckpointError, EmilieError, TokenizerError
 from .text import TOKENIZER_FILES, TextEncoder
@@ -50,15 +51,10 @@ def load(
             if config is None:
                 raise CheckpointError(f"{weights} is {checkpoint.describe(entries)}")
     name, config = str(config), load_config(config)
-    params = config.model.params
     tokenizers = ([Path(tokenizer)] if tokenizer else []) + [f / sub for f in folders for sub in ("tokenizer", ".")]
     with torch.device("cpu" if weights == "random" else "meta"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # for "random"; nothing is drawn on the meta device
-        networks = {
-            "unet": UNetModel(params.unet_config.params),
-            "vae": AutoencoderKL(params.first_stage_config.params),
-            "text": TextEncoder(params.cond_stage_config.params, tuple(tokenizers)),
-        }
+        networks = build(config, tuple(tokenizers))
     with memory_told("while the weights were loaded"):
         if weights == "random":
             report = checkpoint.Report("random")
@@ -68,6 +64,16 @@ def load(
             report = checkpoint.load(networks, weights, device, dtype, entries)
     model = f"{name if name in BUILT_IN else Path(name).stem}/{Path(weights).name}"
     return Editor(config, **networks, device=device, dtype=dtype, model=model, report=report)
+
+
+def build(config: Config, tokenizer_folders: tuple[str | Path, ...] = ()) -> dict[str, nn.Module]:
+    """The three networks of a config: "unet", "vae", "text". Under `torch.device("meta")` they take no memory."""
+    params = config.model.params
+    return {
+        "unet": UNetModel(params.unet_config.params),
+        "vae": AutoencoderKL(params.first_stage_config.params),
+        "text": TextEncoder(params.cond_stage_config.params, tokenizer_folders),
+    }
 
 
 def weights_folders() -> list[Path]:
