@@ -23,7 +23,9 @@ import argparse
 import copy
 import math
 import os
+import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +52,17 @@ def to_tensor(pictures: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def edit_pair(seed: int) -> tuple[world.Scene, str, world.Scene]:
-    """A scene some edits into a chain, an instruction, and the scene that it leads to."""
+def edit_pair(seed: int, adds: float = 0.0) -> tuple[world.Scene, str, world.Scene]:
+    """A scene some edits into a chain, an instruction, and the scene that it leads to.
+
+    A share `adds` of the pairs add an object where two or three places are free: only those teach where "top left" is.
+    """
+    rng = random.Random(f"pair {seed}")
+    if rng.random() < adds:
+        scene = world.scene(seed)
+        scene = replace(scene, objects=tuple(rng.sample(scene.objects, rng.choice((1, 2)))))
+        text, after, _ = world.instruct(scene, seed, "add")
+        return scene, text, after
     first, steps = world.chain(seed, 1 + seed % 4)
     return steps[-2][1] if len(steps) > 1 else first, steps[-1][0], steps[-1][1]
 
@@ -179,7 +190,7 @@ def pool(args, config, vae: nn.Module, text: TextEncoder, first: int, size: int)
     """`size` pairs as unscaled source latents, scaled target latents and token ids."""
     sources, targets, texts = [], [], []
     for start in range(first, first + size, 128):
-        pairs = [edit_pair(seed) for seed in range(start, min(start + 128, first + size))]
+        pairs = [edit_pair(seed, args.adds) for seed in range(start, min(start + 128, first + size))]
         pictures = [world.pixels(p[0]) for p in pairs] + [world.pixels(p[2]) for p in pairs]
         with autocast(args):
             z = vae.encode(to_tensor(pictures).to(args.device, memory_format=torch.channels_last)).float()
@@ -205,7 +216,7 @@ def train_edit(args, config) -> None:
     for module in zero:
         nn.init.zeros_(module.weight)
         nn.init.zeros_(module.bias)
-    ema = EMA(model, 0.9995)
+    ema = EMA(model, args.ema)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
     run = Run(args.runs / "edit.pt", model=model, ema=ema.module, optimizer=optimizer)
     cumprod = alphas_cumprod(params.linear_start, params.linear_end, params.timesteps).to(args.device)
@@ -256,7 +267,7 @@ def export(args, config) -> None:
         out[prefixes[old] + key.removeprefix(old)] = value
     out = {key: value.to(torch.float16).contiguous() for key, value in out.items() if value.is_floating_point()}
     partial = args.out.with_suffix(".partial")
-    save_file(out, partial, metadata={"config": "toy", "steps": str(edit["step"])})
+    save_file(out, partial, metadata={"family": "EMA", "config": "toy", "steps": str(edit["step"])})
     os.replace(partial, args.out)
     print(f"{args.out}: {len(out)} tensors, {args.out.stat().st_size / 1e6:.1f} MB, after {edit['step']} steps")
 
@@ -277,6 +288,8 @@ def main() -> None:
     parser.add_argument("--reuse", type=int, default=4, help="draws of noise per encoded pair (edit)")
     parser.add_argument("--high-noise", type=float, default=1.5, help="1: uniform timesteps; more: higher ones (edit)")
     parser.add_argument("--bound", type=float, default=50.0, help="bound of the loss weight 1 / alpha_cumprod (edit)")
+    parser.add_argument("--adds", type=float, default=0.2, help="share of pairs that practise places (edit)")
+    parser.add_argument("--ema", type=float, default=0.9995, help="decay of the weight average (edit)")
     args = parser.parse_args()
     config = load_config("toy")
     if PROCESSES > 1:
