@@ -201,7 +201,8 @@ def run_edit(args: argparse.Namespace) -> None:
         writable(args.canvas.parent, "--canvas")
 
     stem = Path(args.input).stem if args.input is not None else args.canvas.name.split(".")[0]
-    name = stem if going_on else unused_name(folder, stem)
+    numbers = range(len(canvas.states), len(canvas.states) + len(args.instructions))
+    name = unused_name(folder, stem, numbers if going_on else None)
     session = args.canvas or folder / f"{name}.canvas.safetensors"
     cells = [(canvas.image, "input" if canvas.at == 0 else canvas.state.instruction, None)]
     for i, text in enumerate(args.instructions, 1):
@@ -225,6 +226,7 @@ def run_edit(args: argparse.Namespace) -> None:
         path = save_picture(out, folder / f"{name}_{canvas.at}.png")
         canvas.save(session)
         print(f"wrote {path} and {session}")
+    name = f"{name}_{canvas.at}" if going_on else name
     print(f"wrote {save_picture(strip(cells), folder / f'{name}_strip.png')}")
 
 
@@ -286,10 +288,20 @@ def writable(folder: Path, option: str = "--out") -> Path:
     return folder
 
 
-def unused_name(folder: Path, stem: str) -> str:
-    """`stem`, or `stem-2`, ...: the first under which nothing was written, so that no run overwrites another."""
+def unused_name(folder: Path, stem: str, numbers: range | None = None) -> str:
+    """`stem`, or `stem-2`, ...: the first under which nothing was written, so that no run overwrites another.
+
+    numbers: of the pictures that a continued session will write, which may stand beside its earlier ones.
+    """
+
+    def used(name: str) -> bool:
+        if numbers is not None:
+            return any((folder / f"{name}_{n}.png").exists() for n in numbers)
+        pictures = any(folder.glob(f"{glob.escape(name)}_[0-9]*.png"))
+        return pictures or (folder / f"{name}.canvas.safetensors").exists()
+
     number, name = 1, stem
-    while any(folder.glob(f"{glob.escape(name)}_[0-9]*.png")) or (folder / f"{name}.canvas.safetensors").exists():
+    while used(name):
         number += 1
         name = f"{stem}-{number}"
     return name

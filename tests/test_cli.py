@@ -103,6 +103,15 @@ def test_a_session_without_its_pictures_is_not_overwritten(photo, capsys):
     assert Path("out/photo-2_1.png").exists()
 
 
+def test_going_on_does_not_overwrite_another_session(photo, capsys):
+    assert run("edit", photo, "make it night", "make it day", *MODEL, capsys=capsys)[0] == 0
+    before = {p: p.read_bytes() for p in Path("out").iterdir()}
+    for text in ("make it day", "make it night"):
+        assert run("edit", photo, text, "--canvas", "s.safetensors", *MODEL, capsys=capsys)[0] == 0
+    assert all(p.read_bytes() == data for p, data in before.items())
+    assert len(list(Path("out").glob("photo*_[0-9].png"))) == 4
+
+
 def test_going_on_refuses_what_it_cannot_change(photo, capsys):
     assert run("edit", photo, "make it night", "--canvas", "s.safetensors", *MODEL, capsys=capsys)[0] == 0
     for args, message in (
