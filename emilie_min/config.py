@@ -14,6 +14,7 @@ from omegaconf import MISSING, OmegaConf
 from .errors import ConfigError
 
 BUILT_IN = ("ip2p", "sd15", "toy")
+TOKENIZER_FILES = ("vocab.json", "merges.txt")  # CLIP's
 GATES = ("anchor", "eq8", "guidance")  # what a mask does: see `Editor.sample`
 RESCALES = ("paper", "signed", "exact", "none")  # how f is found: see `Canvas.image_latent`
 ITERATES = ("latent", "image")  # what the next edit starts from

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from . import checkpoint
-from .config import BUILT_IN, Config, load_config
+from .config import BUILT_IN, TOKENIZER_FILES, Config, load_config
 from .emilie import Editor, memory_told
 from .errors import CheckpointError, EmilieError, TokenizerError
-from .text import TOKENIZER_FILES, TextEncoder
+from .text import TextEncoder
 from .unet import UNetModel
 from .vae import AutoencoderKL
 

@@ -8,10 +8,9 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .config import TextParams
+from .config import TOKENIZER_FILES, TextParams
 from .errors import InstructionError, TokenizerError
 
-TOKENIZER_FILES = ("vocab.json", "merges.txt")
 LENGTH = 77  # tokens, the first and the last of which mark the ends
 
 
