@@ -365,7 +365,9 @@ def load(
 def fits(entries: dict[str, Entry]) -> str | None:
     """The built-in config whose UNet has this file's width and input channels, or None."""
     first = entries.get(RAW + "input_blocks.0.0.weight") or entries.get(EMA + "diffusion_modelinput_blocks00weight")
-    return {(320, 8): "ip2p", (320, 4): "sd15", (64, 8): "toy"}.get(first.shape[:2]) if first else None
+    return (
+        {(320, 8): "ip2p", (320, 4): "sd15", (64, 8): "toy", (64, 4): "toy-t2i"}.get(first.shape[:2]) if first else None
+    )
 
 
 def describe(entries: dict[str, Entry]) -> str:

@@ -13,7 +13,7 @@ from omegaconf import MISSING, OmegaConf
 
 from .errors import ConfigError
 
-BUILT_IN = ("ip2p", "sd15", "toy")
+BUILT_IN = ("ip2p", "sd15", "toy", "toy-t2i")
 TOKENIZER_FILES = ("vocab.json", "merges.txt")  # CLIP's
 GATES = ("anchor", "eq8", "guidance")  # what a mask does: see `Editor.sample`
 RESCALES = ("paper", "signed", "exact", "none")  # how f is found: see `Canvas.image_latent`
@@ -156,7 +156,7 @@ class Config:
 
 
 def load_config(name: str | Path) -> Config:
-    """A config by name ("ip2p", "sd15", "toy") or from a YAML file in the original's layout.
+    """A config by name (one of `BUILT_IN`) or from a YAML file in the original's layout.
 
     Raises ConfigError for a file that cannot be read, a key that the schema does not know, a value of the wrong
     type, and settings that no network here can have.

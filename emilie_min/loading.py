@@ -23,9 +23,10 @@ def load(
 ) -> "Editor":
     """Networks from a file, ready to edit.
 
-    weights: None = the small model that ships, a .ckpt or .safetensors path, or "random"; config: "ip2p", "sd15",
-    "toy", a YAML path, or None = told by the file's tensors; device, dtype: None = CUDA in float16 if there is one,
-    else CPU in float32; tokenizer: a folder with CLIP's vocab.json and merges.txt. Raises CheckpointError, ConfigError.
+    weights: None = the small model that ships, a .ckpt or .safetensors path, or "random"; config: one of
+    `config.BUILT_IN`, a YAML path, or None = told by the file's tensors; device, dtype: None = CUDA in float16 if there
+    is one, else CPU in float32; tokenizer: a folder with CLIP's vocab.json and merges.txt.
+    Raises CheckpointError, ConfigError.
     """
     if tokenizer and not all((Path(tokenizer) / name).is_file() for name in TOKENIZER_FILES):
         raise TokenizerError(f"{tokenizer} does not hold {' and '.join(TOKENIZER_FILES)}")
@@ -37,9 +38,7 @@ def load(
             raise EmilieError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
         dtype = getattr(torch, dtype)
     folders = weights_folders()
-    if weights is None:
-        found = [folder / "toy.safetensors" for folder in folders if (folder / "toy.safetensors").is_file()]
-        weights = found[0] if found else folders[0] / "toy.safetensors"
+    weights = shipped("toy.safetensors") if weights is None else weights
 
     entries = None
     if weights == "random":
@@ -80,6 +79,12 @@ def weights_folders() -> list[Path]:
     """Where weights and tokenizers are looked for: ./weights, the clone's weights/, the installed package's."""
     here = Path(__file__).resolve().parent
     return [Path("weights"), here.parent / "weights", here / "weights"]
+
+
+def shipped(name: str) -> Path:
+    """The first file of this name in those folders; where there is none, the path at which it would be looked for."""
+    paths = [folder / name for folder in weights_folders()]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def _device(device: str | torch.device | None) -> torch.device:

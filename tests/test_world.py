@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from emilie_min.config import load_config
 from emilie_min.toy.judge import TOLERANCE, judge, psnr, read
 from emilie_min.toy.world import (
+    CAPTION_VOCABULARY,
     COLOURS,
     GROUNDS,
     HELD_OUT,
@@ -22,6 +24,7 @@ from emilie_min.toy.world import (
     VOCABULARY,
     Object,
     Scene,
+    caption,
     chain,
     instruct,
     instructions,
@@ -252,3 +255,20 @@ def test_psnr_and_bad_pictures():
     for bad in (a[:32], a / 255):
         with pytest.raises(ValueError, match="expected a uint8 picture"):
             read(bad)
+
+
+def test_a_caption_names_everything_and_no_more():
+    objects = (Object("star", "red", "bottom left", 1, -2), Object("circle", "blue", "top right"))
+    text = "a blue circle at the top right and a red star at the bottom left on sand at night"
+    assert caption(Scene("sand", "night", objects)) == text
+    assert caption(Scene("snow", "pastel", ())) == "on snow as a pastel drawing"
+    captions = {caption(s): s for s in (step[1] for seed in range(200) for step in chain(seed, 3)[1])}
+    for text, s in captions.items():  # two scenes with one caption differ in positions only
+        assert all(word in CAPTION_VOCABULARY for word in text.split())
+        assert f"on {s.ground}" in text and len(text.split(" and ")) == max(1, len(s.objects))
+
+
+def test_both_models_know_the_words_in_one_order():
+    words = [load_config(name).model.params.cond_stage_config.params.words for name in ("toy", "toy-t2i")]
+    assert words[0] == list(VOCABULARY) and words[1] == list(CAPTION_VOCABULARY)
+    assert words[1][: len(words[0])] == words[0]

@@ -1,8 +1,11 @@
-"""Train the shipped model: an autoencoder on the procedural world, then UNet and text model on its edits.
+"""Train the shipped models: an autoencoder on the procedural world, then UNet and text model on its edits, and once
+more on its captions.
 
-    python -m emilie_min.toy.train vae                # then put the printed scale_factor into configs/toy.yaml
+    python -m emilie_min.toy.train vae                # then put the printed scale_factor into configs/toy*.yaml
     python -m emilie_min.toy.train edit
     python -m emilie_min.toy.train export weights/toy.safetensors
+    python -m emilie_min.toy.train caption            # text-to-image, for the methods that need it; begins from `edit`
+    python -m emilie_min.toy.train export weights/toy-t2i.safetensors --config toy-t2i
 
 With `torchrun --nproc_per_node 2 -m emilie_min.toy.train ...` each process takes its share of every batch; on two
 cores, two processes of one thread each (OMP_NUM_THREADS=1) are faster than one of two. Each stage keeps its state in
@@ -188,21 +191,33 @@ class Editing(nn.Module):
 
 @torch.no_grad()
 def pool(args, config, vae: nn.Module, text: TextEncoder, first: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`size` pairs as unscaled source latents, scaled target latents and token ids."""
+    """`size` pairs as unscaled source latents, scaled target latents and token ids; for captions the sources are
+    left empty, (size, 0, 16, 16)."""
     sources, targets, texts = [], [], []
     for start in range(first, first + size, 128):
         pairs = [edit_pair(seed, args.adds) for seed in range(start, min(start + 128, first + size))]
-        pictures = [world.pixels(p[0]) for p in pairs] + [world.pixels(p[2]) for p in pairs]
+        pictures = [world.pixels(p[2]) for p in pairs]
+        if args.stage == "edit":
+            pictures += [world.pixels(p[0]) for p in pairs]
         with autocast(args):
             z = vae.encode(to_tensor(pictures).to(args.device, memory_format=torch.channels_last)).float()
-        sources.append(z[: len(pairs)])
-        targets.append(z[len(pairs) :] * config.model.params.scale_factor)
-        texts += [p[1] for p in pairs]
+        targets.append(z[: len(pairs)] * config.model.params.scale_factor)
+        sources.append(z[len(pairs) :] if args.stage == "edit" else z[:, :0])
+        texts += [p[1] if args.stage == "edit" else world.caption(p[2]) for p in pairs]
     return torch.cat(sources), torch.cat(targets), text.tokenize(texts).to(args.device)
 
 
-def train_edit(args, config) -> None:
-    """InstructPix2Pix's objective on pairs of the world; `args.reuse` draws of noise for each pair encoded."""
+def begin_from_edit(model: Editing, path: Path) -> None:
+    """Take over the averaged weights of the `edit` stage: of its first layer, those that see the noisy latent."""
+    weights = torch.load(path, weights_only=True, map_location="cpu")["ema"]
+    first = "unet.input_blocks.0.0.weight"
+    weights[first] = weights[first][:, : model.unet.in_channels]
+    model.load_state_dict(weights)
+
+
+def train_unet(args, config) -> None:
+    """InstructPix2Pix's objective on pairs of the world, or latent diffusion's on captions of it; `args.reuse` draws
+    of noise for each latent encoded."""
     params = config.model.params
     vae = AutoencoderKL(params.first_stage_config.params).to(args.device, memory_format=torch.channels_last)
     vae.load_state_dict(torch.load(args.runs / "vae.pt", weights_only=True, map_location="cpu")["ema"])
@@ -217,9 +232,11 @@ def train_edit(args, config) -> None:
     for module in zero:
         nn.init.zeros_(module.weight)
         nn.init.zeros_(module.bias)
+    if args.stage == "caption":
+        begin_from_edit(model, args.runs / "edit.pt")
     ema = EMA(model, args.ema)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    run = Run(args.runs / "edit.pt", model=model, ema=ema.module, optimizer=optimizer)
+    run = Run(args.runs / f"{args.stage}.pt", model=model, ema=ema.module, optimizer=optimizer)
     cumprod = alphas_cumprod(params.linear_start, params.linear_end, params.timesteps).to(args.device)
     empty = model.text.tokenize([""]).to(args.device)
     per_pool = args.pool * args.reuse // args.batch
@@ -257,7 +274,8 @@ def train_edit(args, config) -> None:
 def export(args, config) -> None:
     """The three networks' averaged weights as one file in the original's key layout, float16."""
     vae = torch.load(args.runs / "vae.pt", weights_only=True, map_location="cpu")["ema"]
-    edit = torch.load(args.runs / "edit.pt", weights_only=True, map_location="cpu")
+    stage = "edit" if config.model.params.unet_config.params.in_channels == 8 else "caption"
+    edit = torch.load(args.runs / f"{stage}.pt", weights_only=True, map_location="cpu")
     prefixes = {
         "unet.": "model.diffusion_model.",
         "text.transformer.": "cond_stage_model.transformer.text_model.",
@@ -268,17 +286,18 @@ def export(args, config) -> None:
         out[prefixes[old] + key.removeprefix(old)] = value
     out = {key: value.to(torch.float16).contiguous() for key, value in out.items() if value.is_floating_point()}
     partial = args.out.with_suffix(".partial")
-    save_file(out, partial, metadata={"family": "EMA", "config": "toy", "steps": str(edit["step"])})
+    save_file(out, partial, metadata={"family": "EMA", "config": args.config, "steps": str(edit["step"])})
     os.replace(partial, args.out)
     print(f"{args.out}: {len(out)} tensors, {args.out.stat().st_size / 1e6:.1f} MB, after {edit['step']} steps")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("vae", "edit", "export"))
+    parser.add_argument("stage", choices=("vae", "edit", "caption", "export"))
     parser.add_argument("out", nargs="?", type=Path, default=Path("weights/toy.safetensors"), help="for export")
+    parser.add_argument("--config", choices=("toy", "toy-t2i"), help="default: toy-t2i for caption, else toy")
     parser.add_argument("--runs", type=Path, default=Path("runs/toy"), help="where states are kept")
-    parser.add_argument("--steps", type=int, help="batches in all; default 4500 (vae), 9200 (edit)")
+    parser.add_argument("--steps", type=int, help="batches in all; default 4500 (vae), 9200 (edit), 8000 (caption)")
     parser.add_argument("--batch", type=int, help="of each process; default 16 (vae), 32 (edit)")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -292,15 +311,18 @@ def main() -> None:
     parser.add_argument("--adds", type=float, default=0.2, help="share of pairs that practise places (edit)")
     parser.add_argument("--ema", type=float, default=0.9995, help="decay of the weight average (edit)")
     args = parser.parse_args()
-    config = load_config("toy")
+    args.config = args.config or ("toy-t2i" if args.stage == "caption" else "toy")
+    config = load_config(args.config)
     if PROCESSES > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    defaults = {"vae": (4500, 16, 1.5e-3), "edit": (9200, 32, 8e-4), "export": (0, 0, 0.0)}[args.stage]
+    defaults = {"vae": (4500, 16, 1.5e-3), "edit": (9200, 32, 8e-4), "caption": (8000, 32, 8e-4)}.get(
+        args.stage, (0, 0, 0.0)
+    )
     args.steps, args.batch, args.lr = (given or d for given, d in zip((args.steps, args.batch, args.lr), defaults))
     torch.manual_seed(0)
-    {"vae": train_vae, "edit": train_edit, "export": export}[args.stage](args, config)
+    {"vae": train_vae, "edit": train_unet, "caption": train_unet, "export": export}[args.stage](args, config)
 
 
 if __name__ == "__main__":

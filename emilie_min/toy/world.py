@@ -38,6 +38,7 @@ STYLES = {
     "comic": "turn it into a comic",
     "pastel": "turn it into a pastel drawing",
 }
+CAPTION_LOOKS = {"day": "by day", "night": "at night", "comic": "as a comic", "pastel": "as a pastel drawing"}
 HELD_OUT = (("green", "circle"), ("purple", "star"), ("yellow", "square"))  # in no scene made without held_out=True
 
 
@@ -258,6 +259,12 @@ def chain(seed: int, n: int, held_out: bool = False) -> tuple[Scene, list[tuple[
     return first, steps
 
 
+def caption(scene: Scene) -> str:
+    """What a scene shows, object by object: what a text-to-image model of this world is told."""
+    things = " and ".join(f"a {o.colour} {o.shape} at the {o.place}" for o in scene.objects)
+    return f"{things} on {scene.ground} {CAPTION_LOOKS[scene.look]}".strip()
+
+
 def instructions() -> Iterator[str]:
     """Every text that `instruct` can ever say."""
     for shape in SHAPES:
@@ -271,3 +278,4 @@ def instructions() -> Iterator[str]:
 
 
 VOCABULARY = tuple(sorted({word for text in instructions() for word in text.split()}))
+CAPTION_VOCABULARY = (*VOCABULARY, "and", "as", "by", "on")  # a caption's further words behind an instruction's
