@@ -35,3 +35,7 @@ class CanvasError(EmilieError):
 
 class SamplingError(EmilieError):
     """Sampler settings out of range, or a result that is not finite."""
+
+
+class BenchError(EmilieError):
+    """A benchmark folder, a run of one, or a method's name that cannot be used as asked."""

@@ -1,0 +1,131 @@
+"""The methods that follow instructions: EMILIE, and the two ways to chain InstructPix2Pix that it is compared with.
+
+All draw the same noise from a chain's seed, so that what differs between their results is the method.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import images, sampling
+from ..emilie import Editor, State, checked, random_latent
+from ..errors import SamplingError
+from .base import Chain, Method, Request
+
+
+@dataclass
+class Emilie(Method):
+    """Algorithm 1 through `Canvas.edit`, whose arguments the settings are. masks=False leaves masks unused."""
+
+    editor: Editor
+    gate: str = "anchor"
+    rescale: str = "paper"
+    iterate: str = "latent"
+    masks: bool = True
+    keep_background: bool = False
+    steps: int | None = None
+    text_scale: float | None = None
+    image_scale: float | None = None
+
+    def edit(self, chain: Chain, request: Request) -> Chain:
+        canvas = self.editor.open(chain.original, seed=chain.seed)
+        for past in chain.requests:  # how many they were decides the noise; only the last one's result is read
+            canvas.states.append(State(past.instruction, chain.latent, chain.image, parent=canvas.at))
+            canvas.at = len(canvas.states) - 1
+        mask = request.mask if self.masks else None
+        image = canvas.edit(
+            request.instruction,
+            mask,
+            steps=self.steps,
+            text_scale=self.text_scale,
+            image_scale=self.image_scale,
+            gate=self.gate,
+            rescale=self.rescale,
+            iterate=self.iterate,
+            keep_background=self.keep_background and mask is not None,
+        )
+        state = canvas.state
+        return replace(
+            chain,
+            image=image,
+            latent=state.latent,
+            requests=(*chain.requests, request),
+            notes={"f": state.f},
+            mask=None if mask is None else canvas.read_mask(mask)[0],
+        )
+
+
+@dataclass
+class IterativeInstructPix2Pix(Method):
+    """Each edit starts from the decoded picture of the one before, encoded again. It knows no masks.
+
+    pixels: what happens to the picture in between. "truncate": 8 bits, rounded down, as the original's `edit_cli`
+    writes them; "round": 8 bits, rounded; "float": neither rounded nor clamped, so that only the autoencoder is left.
+    """
+
+    editor: Editor
+    pixels: str = "truncate"
+    steps: int | None = None
+    text_scale: float | None = None
+    image_scale: float | None = None
+
+    def edit(self, chain: Chain, request: Request) -> Chain:
+        if self.pixels not in ("truncate", "round", "float"):
+            raise SamplingError(f"pixels must be truncate, round or float, not {self.pixels!r}")
+        if self.pixels == "float" and chain.latent is not None:
+            with torch.no_grad():
+                picture = self.editor.decode(chain.latent).to(self.editor.dtype)
+                z_img = self.editor.vae.encode(picture).float()
+        else:
+            z_img = self.editor.encode(chain.image)
+        return follow(self, chain, request, z_img, request.instruction)
+
+
+@dataclass
+class Concatenated(Method):
+    """All instructions so far in one text, on the opened picture (Sec. 5). It knows no masks.
+
+    The paper does not say what stands between them: here `separator`. Beyond 77 tokens the text is cut, as the
+    original does, and the notes say so.
+    """
+
+    editor: Editor
+    separator: str = ", "
+    pixels: str = "truncate"
+    steps: int | None = None
+    text_scale: float | None = None
+    image_scale: float | None = None
+
+    def edit(self, chain: Chain, request: Request) -> Chain:
+        text = self.separator.join(past.instruction for past in (*chain.requests, request))
+        return follow(self, chain, request, self.editor.encode(self.open(chain.original, chain.seed).image), text)
+
+
+@torch.no_grad()
+def follow(
+    method: IterativeInstructPix2Pix | Concatenated, chain: Chain, request: Request, z_img: Tensor, text: str
+) -> Chain:
+    """One unmasked InstructPix2Pix edit from an image latent (1, 4, h, w), unscaled."""
+    editor, defaults = method.editor, method.editor.config.sampling
+    editor.check_can_edit()
+    names = ("steps", "text_scale", "image_scale")
+    settings = {name: getattr(defaults if getattr(method, name) is None else method, name) for name in names}
+    settings = checked(settings | {"seed": chain.seed, "gate": "anchor", "rescale": "none", "iterate": "image"})
+    tokens = editor.text.tokenize([text, ""], truncate=True)
+    end = editor.text.config.text_config.eos_token_id
+    cond, uncond = editor.text(tokens.to(editor.device)).split(1)
+    shape = tuple(z_img.shape)
+    latent = editor.sample(
+        z_img,
+        cond,
+        uncond,
+        sampling.get_sigmas(settings["steps"], editor.alphas_cumprod),
+        random_latent(shape, chain.seed, "init")(),
+        random_latent(shape, chain.seed, "edit", len(chain.requests)),
+        text_scale=settings["text_scale"],
+        image_scale=settings["image_scale"],
+    ).cpu()
+    image = images.to_image(editor.decode(latent), truncate=method.pixels == "truncate")
+    notes = {"tokens": int((tokens[0] != end).sum()) + 1}
+    return replace(chain, image=image, latent=latent, requests=(*chain.requests, request), notes=notes, mask=None)
