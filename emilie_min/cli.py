@@ -67,6 +67,14 @@ def parser() -> Parser:
     edit.add_argument("instructions", metavar="INSTRUCTION", nargs="*", help="what to change; several are done in turn")
     edit.add_argument("--mask", action="append", default=[], metavar="N=FILE", help="edit N only where FILE is white")
     edit.add_argument("--box", action="append", default=[], metavar="N=X0,Y0,X1,Y1", help="edit N only in this box, px")
+    edit.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="N=WHERE:INSTRUCTION",
+        help="do this too in edit N, in the same pass; WHERE: a mask's FILE or X0,Y0,X1,Y1. What edit N itself says "
+        "then holds in its own mask or, without one, everywhere else",
+    )
     edit.add_argument("--soft", action="store_true", help="keep the masks' greys instead of thresholding them")
     edit.add_argument("--gate", choices=GATES, default="anchor", help="what a mask does (default: anchor)")
     edit.add_argument("--keep-background", action="store_true", help="outside a mask keep the pixels, to the bit")
@@ -155,7 +163,7 @@ def run_demo(args: argparse.Namespace) -> None:
     plan = (("recolour", False), ("add", True), ("background", False), ("style", False))
     for i, (kind, masked) in enumerate(plan, 1):
         text, scene, mask = world.instruct(scene, args.seed, kind)
-        image = edit_with_bar(canvas, i, text, mask if masked else None)
+        image = edit_with_bar(canvas, i, [(text, mask if masked else None)])
         verdict = judge(image, scene)
         right += verdict.correct
         print(f"wrote {save_picture(image, folder / f'{i}.png')}: {verdict.why or 'as it should be'}")
@@ -179,7 +187,7 @@ def run_edit(args: argparse.Namespace) -> None:
     for text in args.instructions:
         if not text.strip():
             raise InstructionError("an instruction is empty: say what to change")
-    masks = read_masks(args, len(args.instructions))
+    edits = read_edits(args)
     if args.input is None and args.input_size:
         raise CanvasError("--input-size needs the picture as first argument: the canvas keeps its working size only")
     original = images.read_image(args.input) if args.input is not None else None
@@ -193,9 +201,9 @@ def run_edit(args: argparse.Namespace) -> None:
             raise CanvasError(f"{args.canvas} is a session on another picture than {args.input}")
     else:
         canvas = editor.open(original, args.seed or 0, args.resolution)
-    for mask in masks.values():  # so that the last edit's mask does not fail after an hour of edits
-        canvas.read_mask(mask, args.soft)
-    editor.text.tokenize(args.instructions)
+    for regions in edits:  # so that the last edit's mask does not fail after an hour of edits
+        canvas.read_regions([mask for _, mask in regions], args.soft)
+        editor.text.tokenize([text for text, _ in regions])
     folder = writable(args.out)
     if args.canvas is not None:
         writable(args.canvas.parent, "--canvas")
@@ -205,12 +213,11 @@ def run_edit(args: argparse.Namespace) -> None:
     name = unused_name(folder, stem, numbers if going_on else None)
     session = args.canvas or folder / f"{name}.canvas.safetensors"
     cells = [(canvas.image, "input" if canvas.at == 0 else canvas.state.instruction, None)]
-    for i, text in enumerate(args.instructions, 1):
+    for i, regions in enumerate(edits, 1):
         image = edit_with_bar(
             canvas,
             i,
-            text,
-            masks.get(i),
+            regions,
             steps=args.steps,
             text_scale=args.text_scale,
             image_scale=args.image_scale,
@@ -218,10 +225,10 @@ def run_edit(args: argparse.Namespace) -> None:
             soft=args.soft,
             rescale=args.rescale,
             iterate=args.iterate,
-            keep_background=args.keep_background and i in masks,
+            keep_background=args.keep_background and all(mask is not None for _, mask in regions),
             seed=args.seed if going_on else None,
         )
-        cells.append((image, text, canvas.state.mask))
+        cells.append((image, canvas.state.instruction, canvas.state.mask))
         out = images.unfit(image, original, canvas.native, canvas.touched()) if args.input_size else image
         path = save_picture(out, folder / f"{name}_{canvas.at}.png")
         canvas.save(session)
@@ -237,38 +244,48 @@ def need_small_world(editor) -> None:
         raise EmilieError(f"{editor.model} was not made for the small world of {world.SIZE} px: leave --weights out")
 
 
-def edit_with_bar(canvas, number: int, text: str, mask, **settings):
+def edit_with_bar(canvas, number: int, regions: list[tuple], **settings):
     from tqdm import tqdm
 
     steps = settings.get("steps") or canvas.editor.config.sampling.steps
-    with tqdm(total=steps, desc=f"{number}. {text}", leave=True) as bar:
-        return canvas.edit(text, mask, callback=lambda _: bar.update(), **settings)
+    with tqdm(total=steps, desc=f"{number}. {' + '.join(text for text, _ in regions)}", leave=True) as bar:
+        return canvas.edit(regions, callback=lambda _: bar.update(), **settings)
 
 
-def read_masks(args: argparse.Namespace, edits: int) -> dict:
-    """--mask N=FILE and --box N=X0,Y0,X1,Y1 -> {N: path or box}."""
-    masks = {}
-    for option, values in (("--mask", args.mask), ("--box", args.box)):
+def read_edits(args: argparse.Namespace) -> list[list[tuple]]:
+    """The instructions, --mask N=FILE, --box N=X0,Y0,X1,Y1 and --also -> of each edit its (instruction, mask) pairs."""
+    masks, also = {}, {n: [] for n in range(1, len(args.instructions) + 1)}
+    examples = {"--mask": "2=mask.png", "--box": "2=10,10,200,200", "--also": '"2=mask.png:make it blue"'}
+    for option, values in (("--mask", args.mask), ("--box", args.box), ("--also", args.also)):
         for value in values:
             number, _, what = value.partition("=")
             if not number.isdecimal() or not what:
-                example = "2=mask.png" if option == "--mask" else "2=10,10,200,200"
-                raise MaskError(f"{option} {value}: say which edit it is for, as in {option} {example}")
-            if not 1 <= int(number) <= edits:
-                raise MaskError(f"{option} {value}: there is no edit {number}, only 1 to {edits}")
+                raise MaskError(f"{option} {value}: say which edit it is for, as in {option} {examples[option]}")
+            if int(number) not in also:
+                raise MaskError(f"{option} {value}: there is no edit {number}, only 1 to {len(also)}")
+            if option == "--also":
+                where, _, text = what.partition(":")
+                if not where or not text.strip():
+                    raise InstructionError(f"{option} {value}: say where and what, as in {option} {examples[option]}")
+                is_box = set(where) <= set("0123456789,- ")
+                also[int(number)].append((text.strip(), read_box(where, f"{option} {value}") if is_box else where))
+                continue
             if int(number) in masks:
                 raise MaskError(f"{option} {value}: edit {number} has a mask already")
-            if option == "--box":
-                try:
-                    what = tuple(int(v) for v in what.split(","))
-                except ValueError:
-                    raise MaskError(f"{option} {value}: a box is four whole numbers X0,Y0,X1,Y1") from None
-                if len(what) != 4:
-                    raise MaskError(f"{option} {value}: a box is four whole numbers X0,Y0,X1,Y1")
-            masks[int(number)] = what
+            masks[int(number)] = read_box(what, f"{option} {value}") if option == "--box" else what
     if args.keep_background and not masks:
         raise MaskError("--keep-background needs a --mask or --box: without one there is no background")
-    return masks
+    return [[(text, masks.get(n)), *also[n]] for n, text in enumerate(args.instructions, 1)]
+
+
+def read_box(text: str, option: str) -> tuple[int, ...]:
+    try:
+        box = tuple(int(v) for v in text.split(","))
+    except ValueError:
+        box = ()
+    if len(box) != 4:
+        raise MaskError(f"{option}: a box is four whole numbers X0,Y0,X1,Y1")
+    return box
 
 
 def looks_like_a_file(text: str) -> bool:

@@ -9,9 +9,10 @@ the other: z_img = f z. For the first edit z_img is simply E(I).
 import hashlib
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from PIL import Image, ImageChops
@@ -21,6 +22,8 @@ from . import images, sampling
 from .checkpoint import Report
 from .config import GATES, ITERATES, RESCALES, Config
 from .errors import CanvasError, CheckpointError, EmilieError, InstructionError, MaskError, SamplingError
+
+Mask = images.Picture | images.Box
 
 
 def random_latent(shape: tuple[int, ...], *key: object) -> Callable[..., Tensor]:
@@ -95,26 +98,29 @@ class Editor:
         uncond: Tensor,
         text_scale: float | Tensor,
         image_scale: float | Tensor,
+        weights: Tensor | Sequence[float] = (1.0,),
     ) -> Tensor:
         """Guided denoised latent: the three branches of InstructPix2Pix (Brooks et al. 2023, Eq. 3) as one batch.
 
         x: (B, 4, h, w) at noise level sigma (scalar or (B,)); z_img: (B or 1, 4, h, w), unscaled; cond, uncond:
-        (B or 1, 77, D), of the instruction and of "" -> (B, 4, h, w) float32.
+        (B or 1, 77, D), of the instruction and of "" -> (B, 4, h, w) float32. For n instructions in one pass: their
+        conds one after another, (n or nB, 77, D), and n weights that sum to 1, numbers or maps; n + 2 branches.
         """
-        b = x.shape[0]
+        b, n = x.shape[0], len(weights)
         x, z_img = x.float(), z_img.float().expand(b, -1, -1, -1)
-        cond, uncond = cond.expand(b, -1, -1), uncond.expand(b, -1, -1)
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu").expand(b)
         t = sampling.sigma_to_t(sigma, self.log_sigmas).float().to(x.device)
         sigma = sigma.float().to(x.device)[:, None, None, None]
 
         z_t = x / (sigma**2 + 1).sqrt()
         z_null = torch.zeros_like(z_img)
-        stacked = torch.cat([torch.cat([z_t, z], dim=1) for z in (z_img, z_img, z_null)])  # (3B, 8, h, w)
-        context = torch.cat([cond, uncond, uncond])
-        eps = self.unet(stacked.to(self.dtype), t.repeat(3), context.to(self.dtype)).float()
-        branches = sampling.to_denoised(eps, x.repeat(3, 1, 1, 1), sigma.repeat(3, 1, 1, 1)).chunk(3)
-        return sampling.guide(*branches, text_scale, image_scale)
+        stacked = torch.cat([torch.cat([z_t, z], dim=1) for z in [z_img] * (n + 1) + [z_null]])  # ((n + 2)B, 8, h, w)
+        context = torch.cat([c.expand(b, -1, -1) for c in (*cond.chunk(n), uncond, uncond)])
+        eps = self.unet(stacked.to(self.dtype), t.repeat(n + 2), context.to(self.dtype)).float()
+        denoised = sampling.to_denoised(eps, x.repeat(n + 2, 1, 1, 1), sigma.repeat(n + 2, 1, 1, 1))
+        *conds, img_cond, uncond = denoised.chunk(n + 2)
+        cond = sum(w * c for w, c in zip(weights, conds))  # energies add: cond - img_cond is sum of w (c - img_cond)
+        return sampling.guide(cond, img_cond, uncond, text_scale, image_scale)
 
     @torch.no_grad()
     def sample(
@@ -130,6 +136,7 @@ class Editor:
         source: Tensor | None = None,
         text_scale: float = 7.5,
         image_scale: float = 1.5,
+        weights: Tensor | Sequence[float] = (1.0,),
         callback: Callable[[dict], None] | None = None,
     ) -> Tensor:
         """One edit: from unit noise to a diffusion-scale latent (B, 4, h, w) float32, gated by a mask (Eq. 8).
@@ -137,11 +144,14 @@ class Editor:
         z_img: (B or 1, 4, h, w), unscaled; noise_init: (B, 4, h, w); `noise_sampler(sigma, sigma_next)` -> the same;
         mask: (B or 1, 1, h, w) in [0, 1]; gate: "anchor" leads back to `source` outside the mask (diffusion scale,
         default scale_factor * z_img), "eq8" sets eps to zero there, "guidance" gates the instruction's term alone.
+        Several instructions, each in a region: cond and weights as for `denoise`, and the mask is the regions' union;
+        `sampling.partition` gives both.
         """
         if gate not in GATES:
             raise SamplingError(f"unknown gate {gate!r}: choose from {', '.join(GATES)}")
         source = self.scale_factor * z_img if source is None else source
-        z_img, source, cond, uncond = (y.to(self.device) for y in (z_img, source, cond, uncond))
+        weights = torch.as_tensor(weights)
+        z_img, source, cond, uncond, weights = (y.to(self.device) for y in (z_img, source, cond, uncond, weights))
         gated = {}
         if mask is not None:
             mask = mask.to(self.device, torch.float32)
@@ -152,7 +162,7 @@ class Editor:
             else:
                 gated = {"mask": mask, "source": source.float()}
         return sampling.sample_euler_ancestral(
-            lambda x, sigma: self.denoise(x, sigma, z_img, cond, uncond, text_scale, image_scale),
+            lambda x, sigma: self.denoise(x, sigma, z_img, cond, uncond, text_scale, image_scale, weights),
             noise_init.to(self.device, torch.float32) * sigmas[0].item(),
             sigmas,
             lambda sigma, sigma_next: noise_sampler(sigma, sigma_next).to(self.device),
@@ -193,13 +203,14 @@ class Editor:
 class State:
     """A node in the tree of edits: what an instruction led to, and how. State 0 is the picture as it was opened."""
 
-    instruction: str
+    instruction: str  # of several: "make it red + make it blue"
     latent: Tensor  # diffusion scale, (1, 4, h, w) float32 on the CPU
     image: Image.Image
     parent: int | None = None
-    mask: Image.Image | None = None  # at working size
+    mask: Image.Image | None = None  # at working size; of several, their union
     settings: dict = field(default_factory=dict)
     f: float | None = None  # the factor with which the parent's latent became z_img; None: z_img was encoded
+    regions: list[tuple[str, Image.Image | None]] = field(default_factory=list)  # several instructions and their masks
 
 
 @dataclass
@@ -241,8 +252,8 @@ class Canvas:
 
     def edit(
         self,
-        instruction: str,
-        mask: images.Picture | images.Box | None = None,
+        instruction: str | Sequence[tuple[str, Mask | None]],
+        mask: Mask | None = None,
         *,
         steps: int | None = None,
         text_scale: float | None = None,
@@ -258,10 +269,12 @@ class Canvas:
     ) -> Image.Image:
         """Follow an instruction, inside a mask if there is one, and make the result the current state.
 
+        instruction: a text, or several as [(text, mask), ...], followed in one pass (n + 2 network branches a step):
+        each in its mask, sharing where masks overlap, see `sampling.partition`; one mask may be None, everywhere else.
         mask: picture, array or box, see `images.read_mask`; `soft` keeps its greys. steps and scales: None = the
         config's. gate: see `Editor.sample`. rescale: how f is found, see `image_latent`. iterate: "latent" is Alg. 1,
         "image" encodes the current picture instead (what Fig. 2 compares against). keep_background: outside the
-        mask keep the current picture's pixels to the bit. seed: of the noise added between steps, default the
+        masks keep the current picture's pixels to the bit. seed: of the noise added between steps, default the
         canvas's; two edits at the same depth of a canvas draw the same noise. allow_empty: permit the instruction "",
         to study drift. callback: see `sampling.sample_euler_ancestral`. An edit that fails changes nothing.
         Raises EmilieError.
@@ -279,18 +292,14 @@ class Canvas:
             "seed": self.seed if seed is None else seed,
         }
         settings = checked(settings)
-        if not isinstance(instruction, str):
-            raise InstructionError(f"an instruction is a text, not {type(instruction).__name__}")
-        if not instruction.strip() and not allow_empty:
-            raise InstructionError("the instruction is empty: say what to change")
-        pixel_mask = cells = None
-        if mask is not None:
-            pixel_mask, cells = self.read_mask(mask, soft)
-        elif keep_background:
-            raise MaskError("keep_background needs a mask: without one there is no background")
+        texts, masks = as_regions(instruction, mask, allow_empty)
+        masks, weights, cells = self.read_regions(masks, soft)
+        pixel_mask = None if cells is None else reduce(ImageChops.lighter, masks)
+        if cells is None and keep_background:
+            raise MaskError("keep_background needs a mask for every instruction: without one there is no background")
 
         with memory_told(f"at {parent.image.width}x{parent.image.height} px: lower --resolution"):
-            cond, uncond = editor.context([instruction, ""]).split(1)
+            cond, uncond = editor.context([*texts, ""]).split([len(texts), 1])
             z_img, f = self.image_latent(rescale, iterate)
             latent = editor.sample(
                 z_img,
@@ -304,6 +313,7 @@ class Canvas:
                 source=parent.latent if iterate == "latent" else None,
                 text_scale=settings["text_scale"],
                 image_scale=settings["image_scale"],
+                weights=weights,
                 callback=callback,
             ).cpu()
             if keep_background:  # whatever the gate: the next edit starts from what is seen
@@ -311,14 +321,30 @@ class Canvas:
             image = images.to_image(editor.decode(latent))
         if keep_background:
             image = images.paste(image, parent.image, pixel_mask, feather=editor.vae.factor // 2)
-        self.states.append(State(instruction, latent, image, self.at, pixel_mask, settings, f))
+        regions = list(zip(texts, masks)) if len(texts) > 1 else []
+        self.states.append(State(" + ".join(texts), latent, image, self.at, pixel_mask, settings, f, regions))
         self.at, self.undone = len(self.states) - 1, []
         return self.image
 
-    def read_mask(self, mask: images.Picture | images.Box, soft: bool = False) -> tuple[Image.Image, Tensor]:
+    def read_mask(self, mask: Mask, soft: bool = False) -> tuple[Image.Image, Tensor]:
         """A mask as PIL "L" at working size and as cells of the latent, (1, 1, h, w). Raises MaskError."""
         pixels = images.read_mask(mask, self.original_size, self.state.image.size, self.native, soft)
         return pixels, images.latent_mask(pixels, self.editor.vae.factor, soft)
+
+    def read_regions(
+        self, masks: Sequence[Mask | None], soft: bool = False
+    ) -> tuple[list[Image.Image | None], Tensor, Tensor | None]:
+        """The masks of an edit's instructions at working size, and `sampling.partition` of their cells.
+
+        Raises MaskError where one selects nothing, also where one is None and the others leave it nothing.
+        """
+        pixels, cells = zip(*((None, None) if mask is None else self.read_mask(mask, soft) for mask in masks))
+        if pixels.count(None) > 1:
+            raise MaskError("two instructions have no mask: only one can be for everywhere else")
+        shares, union = sampling.partition(cells)
+        if not shares.flatten(1).any(1).all():
+            raise MaskError("the masks cover the whole picture: nothing is left for the instruction without one")
+        return list(pixels), shares, union
 
     def image_latent(self, rescale: str = "paper", iterate: str = "latent") -> tuple[Tensor, float | None]:
         """z_img for the next edit, unscaled (1, 4, h, w), and the f that made it: z_img = f z (Alg. 1).
@@ -384,6 +410,26 @@ class Canvas:
             raise CanvasError(f"no state {state}: this canvas has states 0 to {len(self.states) - 1}")
         self.at, self.undone = state, []
         return self.image
+
+
+def as_regions(
+    instruction: str | Sequence[tuple[str, Mask | None]], mask: Mask | None, allow_empty: bool
+) -> tuple[list[str], list[Mask | None]]:
+    """The instructions of an edit and their masks. Raises InstructionError, MaskError."""
+    regions = [(instruction, mask)]
+    if isinstance(instruction, (list, tuple)):
+        regions = instruction
+        if mask is not None:
+            raise MaskError("of several instructions each brings its own mask: [(instruction, mask), ...]")
+        if not regions or not all(isinstance(region, (list, tuple)) and len(region) == 2 for region in regions):
+            raise InstructionError("several instructions are given as [(instruction, mask), ...], one or more")
+    for text, _ in regions:
+        if not isinstance(text, str):
+            raise InstructionError(f"an instruction is a text, not {type(text).__name__}")
+        if not text.strip() and not allow_empty:
+            raise InstructionError("the instruction is empty: say what to change")
+    texts, masks = zip(*regions)
+    return list(texts), list(masks)
 
 
 def whole(value, name: str) -> int:

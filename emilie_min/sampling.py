@@ -4,7 +4,7 @@ Pure functions that never see a network. Notation is k-diffusion's (Karras et al
 standard deviation `sigma`, in diffusion scale, and a model's opinion of it is `denoised`, the latent without the noise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +56,21 @@ def guide(
     that broadcasts over the latent.
     """
     return uncond + text_scale * (cond - img_cond) + image_scale * (img_cond - uncond)
+
+
+def partition(masks: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Each region's share of every cell, (n, B or 1, 1, h, w), and the regions' union, (B or 1, 1, h, w).
+
+    masks: (B or 1, 1, h, w) in [0, 1]; None means everywhere else, and with one there is no outside: the union is None.
+    The shares are in proportion to the masks and sum to 1 everywhere, a partition of unity; outside the union, where
+    every gate leaves the instructions out, they are equal. The union is the largest of the masks.
+    """
+    given = [mask for mask in masks if mask is not None]
+    union = torch.stack(given).amax(0) if given else torch.zeros(1, 1, 1, 1)
+    regions = torch.stack([1 - union if mask is None else mask for mask in masks])
+    total = regions.sum(0)
+    shares = torch.where(total > 0, regions / total, 1 / len(masks))
+    return shares, union if len(given) == len(masks) else None
 
 
 def get_ancestral_step(sigma: float, sigma_next: float) -> tuple[float, float]:

@@ -24,6 +24,9 @@ def save_canvas(canvas: Canvas, path: str | Path) -> None:
         tensors[f"{i}.image"] = torch.from_numpy(np.array(state.image))
         if state.mask is not None:
             tensors[f"{i}.mask"] = torch.from_numpy(np.array(state.mask))
+        for k, (_, mask) in enumerate(state.regions):
+            if mask is not None:
+                tensors[f"{i}.mask.{k}"] = torch.from_numpy(np.array(mask))
     about = {
         "model": canvas.editor.model,
         "dtype": str(canvas.editor.dtype),
@@ -33,7 +36,9 @@ def save_canvas(canvas: Canvas, path: str | Path) -> None:
         "at": canvas.at,
         "undone": canvas.undone,
         "states": [
-            {"instruction": s.instruction, "parent": s.parent, "settings": s.settings, "f": s.f} for s in canvas.states
+            {"instruction": s.instruction, "parent": s.parent, "settings": s.settings, "f": s.f}
+            | ({"regions": [text for text, _ in s.regions]} if s.regions else {})
+            for s in canvas.states
         ],
     }
     try:
@@ -58,11 +63,13 @@ def open_canvas(path: str | Path, editor: Editor) -> Canvas:
                 raise CanvasError(f"{path} is no canvas of this version: its format is {metadata.get('format')!r}")
             about = json.loads(metadata["canvas"])
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+        pictures = {k: Image.fromarray(v.numpy()) for k, v in tensors.items() if ".image" in k or ".mask" in k}
         states = []
         for i, record in enumerate(about["states"]):
-            mask = Image.fromarray(tensors[f"{i}.mask"].numpy()) if f"{i}.mask" in tensors else None
-            image = Image.fromarray(tensors[f"{i}.image"].numpy())
-            states.append(State(latent=tensors[f"{i}.latent"], image=image, mask=mask, **record))
+            latent, image, mask = tensors[f"{i}.latent"], pictures[f"{i}.image"], pictures.get(f"{i}.mask")
+            texts = record.pop("regions", [])  # files from before there were several have none
+            regions = [(text, pictures.get(f"{i}.mask.{k}")) for k, text in enumerate(texts)]
+            states.append(State(latent=latent, image=image, mask=mask, regions=regions, **record))
         parents = [state.parent for state in states]
         if parents[0] is not None or any(not 0 <= parent < i for i, parent in enumerate(parents[1:], 1)):
             raise ValueError("its tree of edits is damaged")

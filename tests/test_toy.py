@@ -48,6 +48,17 @@ def test_the_instruction_decides(editor):
     assert night < pastel - 40
 
 
+def test_the_text_to_image_model_draws_what_a_caption_says():
+    editor = emilie.load(WEIGHTS.with_name("toy-t2i.safetensors"), device="cpu")
+    assert editor.model == "toy-t2i/toy-t2i.safetensors"
+    assert WEIGHTS.with_name("toy-t2i.safetensors").stat().st_size < 20e6
+    assert evaluate.captions(editor, 8)["all as the caption says"] >= 0.75
+    own, shared = editor.vae.state_dict(), emilie.load(WEIGHTS, device="cpu").vae.state_dict()
+    assert all(torch.equal(own[key], shared[key]) for key in shared)
+    with pytest.raises(emilie.EmilieError, match="4 channels"):
+        editor.open(world.render(world.scene(0)))
+
+
 def test_demo(tmp_path, capsys):
     assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 0
     out = capsys.readouterr().out

@@ -3,24 +3,32 @@
 Scenes come from seeds below `train.FIRST_SEED`, so training never saw them. Every edit goes through `Canvas.edit`.
 """
 
+import itertools
 import json
+import time
 from collections import defaultdict
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from .. import images
 from ..config import GATES, RESCALES
-from ..emilie import Canvas, Editor
+from ..emilie import Canvas, Editor, random_latent
 from ..errors import SamplingError
+from ..methods import ddim
 from . import world
-from .judge import judge, psnr
+from .judge import judge, psnr, read
 
 FIRST = 10**6  # the first evaluation scene's seed
 TURNS = 4
 DRIFT_TURNS = 16
+LOCAL = tuple(kind for kind in world.KINDS if kind not in ("background", "style"))  # about one place
 
 
 def share(outcomes: list[bool]) -> float:
@@ -134,12 +142,11 @@ def rescales(editor: Editor, scenes: int) -> dict:
 
 def gates(editor: Editor, scenes: int) -> dict:
     """Local edits, each in its mask: right or not, and how far the rest moved from the input, RMS in grey levels."""
-    kinds = [kind for kind in world.KINDS if kind not in ("background", "style")]
     out = {}
     for gate in (*GATES, "no mask"):
         right, moved = [], []
         for i in tqdm(range(scenes), desc=f"gate={gate}"):
-            scene, [(text, after, mask)] = script(FIRST + i, kinds[i % len(kinds)], 1)
+            scene, [(text, after, mask)] = script(FIRST + i, LOCAL[i % len(LOCAL)], 1)
             canvas = editor.open(world.render(scene), seed=i)
             before = canvas.image
             image = canvas.edit(text) if gate == "no mask" else canvas.edit(text, mask, gate=gate)
@@ -150,12 +157,80 @@ def gates(editor: Editor, scenes: int) -> dict:
     return out
 
 
+def two_places(seed: int, first: str, second: str) -> tuple[world.Scene, world.Scene, list[tuple]]:
+    """A scene, what two local instructions of the given kinds on two places make of it, and both with their masks.
+
+    Two adds need two free places and two removals three objects, which not every scene has.
+    """
+    scene = world.scene(seed)
+    text, after, mask = world.instruct(scene, f"{seed} 0", first)
+    tries = (world.instruct(after, f"{seed} {k}", second) for k in itertools.count(1))
+    other, both, there = next(found for found in tries if found[2].getbbox() != mask.getbbox())
+    return scene, both, [(text, mask), (other, there)]
+
+
+def regions(editor: Editor, scenes: int) -> dict:
+    """Two local edits in their masks, in one pass and in turn: the share of whole pictures right, and seconds."""
+    kinds = [(a, b) for a in LOCAL for b in LOCAL if (a, b) not in (("add", "add"), ("remove", "remove"))]
+    right, seconds = defaultdict(list), defaultdict(list)
+    for i in tqdm(range(scenes), desc="two regions, in one pass and in turn"):
+        scene, after, pairs = two_places(FIRST + i, *kinds[i % len(kinds)])
+        canvas = editor.open(world.render(scene), seed=i)
+        for way, passes in (("one pass", [pairs]), ("in turn", [[pair] for pair in pairs])):
+            canvas.branch(0)
+            started = time.perf_counter()
+            for several in passes:
+                canvas.edit(several)
+            seconds[way].append(time.perf_counter() - started)
+            right[way].append(judge(canvas.image, after).correct)
+    return {
+        "scenes": scenes,
+        **{way: {"right": share(right[way]), "seconds": round(float(np.mean(seconds[way])), 2)} for way in right},
+    }
+
+
+@torch.no_grad()
+def captions(editor: Editor, scenes: int, batch: int = 16) -> dict:
+    """Pictures drawn from captions of unseen scenes, DDIM from pure noise: is all there that the caption names?
+
+    Where exactly in its place an object lies, a caption does not say, so any position that the judge can read is right.
+    """
+    defaults, alphas = editor.config.sampling, editor.alphas_cumprod.tolist()
+    levels, right, side = ddim.levels(defaults.steps), [], world.SIZE // editor.vae.factor
+    uncond = editor.context([""])
+    for first in tqdm(range(FIRST, FIRST + scenes, batch), desc="captions"):
+        truths = [world.chain(seed, 2)[1][-1][1] for seed in range(first, min(first + batch, FIRST + scenes))]
+        context = torch.cat([editor.context([world.caption(s) for s in truths]), uncond.expand(len(truths), -1, -1)])
+
+        eps = partial(guided, editor, context)
+        noise = random_latent((len(truths), editor.config.model.params.channels, side, side), first)()
+        for x, truth in zip(editor.decode(ddim.sample(eps, noise.to(editor.device), levels, alphas)), truths):
+            shown = read(images.to_image(x[None])).scene
+            right.append(shown == replace(truth, objects=shown.objects) and named(shown) == named(truth))
+    return {"scenes": scenes, "steps": defaults.steps, "all as the caption says": share(right)}
+
+
+def guided(editor: Editor, context: Tensor, z: Tensor, t: int) -> Tensor:
+    """Classifier-free guidance; context: of the captions, then as often of ""."""
+    z = z.repeat(2, 1, 1, 1).to(editor.dtype)
+    cond, uncond = editor.unet(z, torch.full((len(z),), t, device=z.device), context).float().chunk(2)
+    return uncond + editor.config.sampling.text_scale * (cond - uncond)
+
+
+def named(scene: world.Scene) -> set[tuple[str, str, str]]:
+    """What a caption says of a scene's objects."""
+    return {(o.colour, o.shape, o.place) for o in scene.objects}
+
+
 def evaluate(editor: Editor, scenes: int, out: Path | None = None, quick: bool = False) -> dict:
-    """All of the above, printed and, with `out`, written as JSON. `quick` leaves out what `edits` does not show."""
-    small = max(1, scenes // 4)
-    parts = [(autoencoder, scenes), (edits, scenes)]
-    if not quick:
-        parts += [(held_out, small), (drift, max(1, scenes // 10)), (rescales, small), (gates, small)]
+    """All of the above, printed and, with `out`, written as JSON. `quick` leaves out what `edits` does not show.
+
+    Of the text-to-image model only the autoencoder and `captions`.
+    """
+    small, edit = max(1, scenes // 4), editor.unet.in_channels > editor.config.model.params.channels
+    parts = [(autoencoder, scenes), (edits if edit else captions, scenes)]
+    if edit and not quick:
+        parts += [(held_out, small), (drift, max(1, scenes // 10)), (rescales, small), (gates, small), (regions, small)]
     settings = editor.config.sampling
     figures = {"model": editor.model, "steps": settings.steps, "text_scale": settings.text_scale}
     for measure, n in parts:
