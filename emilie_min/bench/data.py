@@ -1,0 +1,375 @@
+"""A benchmark is a folder of pictures with a file, bench.jsonl, that says what is asked of each.
+
+    DIR/bench.jsonl                                  one item a line: a picture and a chain of edits
+    DIR/images/ masks/ regions/ targets/             pictures; any names that bench.jsonl gives will do
+
+One item, which stands on one line of bench.jsonl, in UTF-8; only "id", "image", "turns" and "instruction" are needed:
+
+    {"id": "0001",                                   of letters, digits, "_", "-" and "."; no two items share one
+     "image": "images/0001.png",                     the picture that the chain begins with
+     "caption": "a red circle on sand",              what it shows, for methods that need captions
+     "truth": null,                                  what it shows, as `toy.world.Scene.to_dict()` gives it
+     "meta": {},                                     whatever else is worth noting
+     "turns": [                                      one or more edits, each about the result of the one before
+        {"instruction": "make the circle blue",      what is asked
+         "mask": "masks/0001_1.png",                 given to the methods: white = edit here, black = keep
+         "region": "regions/0001_1.png",             never given to them: white where the right result may differ
+                                                     from the picture before
+         "caption": "a blue circle on sand",         what the right result shows
+         "target": "targets/0001_1.png",             the right result, where there is one
+         "truth": null}]}                            the right result as a scene of the small world
+
+Paths are relative to DIR, with "/", and stay inside it. Masks and regions have their picture's size. An edit with
+neither is about the whole picture. Any other key is an error.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+from PIL import Image
+
+from ..errors import BenchError, EmilieError
+from ..toy import world
+
+FILE = "bench.jsonl"
+MOST = 20  # faults named in one error
+ID = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.-]+")  # a file name everywhere
+
+KINDS = {"imie": 4, "drift": 16}  # of benchmark to `make`, and their turns
+FIRST = 2 * 10**6  # the first scene's seed: training begins at 10**9, `toy-eval` at 10**6 and uses some hundreds
+SCENES = 10**4  # at most, so that no two seeds share a scene
+
+Picture = Path | Image.Image  # a path in what was read; either in what is to be written
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One edit of a chain. `mask` is for the methods, all after it for measuring."""
+
+    instruction: str
+    mask: Picture | None = None
+    caption: str | None = None
+    region: Picture | None = None
+    target: Picture | None = None
+    truth: world.Scene | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture and the chain of edits that is asked of it."""
+
+    id: str
+    image: Picture
+    turns: tuple[Turn, ...]
+    caption: str | None = None
+    truth: world.Scene | None = None
+    meta: dict | None = None
+
+
+# ---- reading
+
+
+def read(folder: str | Path) -> list[Item]:
+    """The items of a benchmark, paths absolute; no picture is opened. Raises BenchError with all that is wrong."""
+    return _load(folder)
+
+
+def check(folder: str | Path) -> str:
+    """Read a benchmark, open every picture and mask too, and say in a line what there is. Raises BenchError."""
+    items = _load(folder, opened=True)
+    turns = [turn for item in items for turn in item.turns]
+    masks, truths = (sum(getattr(turn, part) is not None for turn in turns) for part in ("mask", "truth"))
+    return f"{len(items)} items, {len(turns)} turns, {masks} with a mask, {truths} with a truth"
+
+
+def _load(folder: str | Path, opened: bool = False) -> list[Item]:
+    """The items of a benchmark that has no fault, with all pictures looked at if `opened`."""
+    folder = Path(os.path.abspath(folder))
+    path = folder / FILE
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise BenchError(f"{path} cannot be read ({error.strerror}): a benchmark is a folder with this file") from error
+    except UnicodeDecodeError as error:
+        raise BenchError(f"{path} is not in UTF-8 (byte {error.start}): save it so") from error
+    faults, items, lines = [], [], {}
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines, which breaks instructions at U+2028
+        if not line.strip():
+            continue
+        at, before = f"{path}:{number}", len(faults)
+        item = _item(line, folder, at, faults)
+        if item and lines.setdefault(item.id, number) != number:
+            faults.append(f"{at}: the id {item.id!r} is that of line {lines[item.id]} too: give each item its own")
+        if len(faults) == before:
+            items.append(item)
+            if opened:
+                _open(item, at, faults)
+    if not items and not faults:
+        raise BenchError(f"{path} has no items: write one a line")
+    if faults:
+        more = [f"... and {len(faults) - MOST} more"] if len(faults) > MOST else []
+        raise BenchError("\n".join(faults[:MOST] + more))
+    return items
+
+
+def _item(line: str, folder: Path, at: str, faults: list[str]) -> Item | None:
+    """The item that a line describes; what is wrong with it is added to `faults`."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        why = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+        faults.append(f"{at}: not valid JSON ({why}): one item stands on one line")
+        return None
+    file = partial(_file, folder)
+    turn = {"instruction": _text, "mask": file, "caption": _text, "region": file, "target": file, "truth": _scene}
+
+    def turns(value: object) -> tuple[Turn, ...]:
+        if not isinstance(value, list) or not value:
+            raise ValueError("must be a list of one or more edits")
+        before, found = len(faults), []
+        for i, entry in enumerate(value, 1):
+            found.append(_fields(entry, turn, ("instruction",), f"{at}: turn {i}", faults))
+        return tuple(Turn(**fields) for fields in found) if len(faults) == before else ()
+
+    item = {"id": _id, "image": file, "turns": turns, "caption": _text, "truth": _scene, "meta": _meta}
+    before = len(faults)
+    fields = _fields(record, item, ("id", "image", "turns"), at, faults)
+    return Item(**fields) if len(faults) == before else None
+
+
+def _fields(record: object, known: dict[str, Callable], needed: tuple, at: str, faults: list[str]) -> dict:
+    """The fields of a JSON object, each through its function; null is as good as absent."""
+    if not isinstance(record, dict):
+        faults.append(f"{at}: must be an object, {{...}}, not {_short(record)}")
+        return {}
+    for key in sorted(record.keys() - known.keys()):
+        faults.append(f"{at}: unknown key {key!r}: choose from {', '.join(known)}; notes of your own go into meta")
+    out = {}
+    for key, convert in known.items():
+        if record.get(key) is None:
+            if key in needed:
+                faults.append(f"{at}: {key!r} is missing")
+            continue
+        try:
+            out[key] = convert(record[key])
+        except ValueError as error:
+            faults.append(f"{at}: {key}: {error}")
+    return out
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"must be a text, not {_short(value)}")
+    if not value.strip():
+        raise ValueError("is empty: write what is meant, or leave it out where it is not needed")
+    value.encode()  # half of a surrogate pair, which JSON allows, is a ValueError
+    return value
+
+
+def _id(value: object) -> str:
+    if not isinstance(value, str) or not ID.fullmatch(value):
+        raise ValueError(f'must be a text of letters, digits, "_", "-" and ".", not {_short(value)}')
+    return value
+
+
+def _meta(value: object) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"must be an object, {{...}}, not {_short(value)}")
+    return value
+
+
+def _file(folder: Path, value: object) -> Path:
+    """The absolute path of a file inside the folder; ".." is worked out on the name, so links are left alone."""
+    path = inside(folder, _text(value))
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no file {value}: put it there or correct the path")
+    return path
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A relative name as a path in a folder. Raises ValueError where it leaves it."""
+    normal = os.path.normpath(name)
+    if "\\" in name:
+        raise ValueError(f'{name!r}: write the path with "/"')
+    if os.path.isabs(normal) or normal.split(os.sep)[0] in (".", ".."):
+        raise ValueError(f"{name!r} lies outside the folder: copy the file into it and give the path relative to it")
+    return folder / normal
+
+
+def _scene(value: object) -> world.Scene:
+    """A scene of the small world from its dictionary."""
+    try:
+        scene = world.Scene.from_dict(value)
+        places = [o.place for o in scene.objects]
+        right = value.keys() == {"ground", "look", "objects"} and len(set(places)) == len(places)
+        right &= scene.ground in world.GROUNDS and scene.look in world.LOOKS
+        for o in scene.objects:
+            right &= o.shape in world.SHAPES and o.colour in world.COLOURS
+            right &= all(type(d) is int and abs(d) <= world.JITTER for d in (o.dx, o.dy))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        right = False
+    if not right:
+        raise ValueError("is no scene of the small world: write what its Scene.to_dict() gives, or leave it out")
+    return scene
+
+
+def _open(item: Item, at: str, faults: list[str]) -> None:
+    """Look at all pictures of an item as a run will."""
+    from .. import images
+
+    size = None
+    for where, entry in [("", item), *((f"turn {i}: ", turn) for i, turn in enumerate(item.turns, 1))]:
+        for part in ("image", "mask", "region", "target"):
+            path = getattr(entry, part, None)
+            if path is None:
+                continue
+            try:
+                if part in ("image", "target"):
+                    found = images.read_image(path).size
+                    size = found if part == "image" else size
+                elif size:
+                    images.read_mask(path, size, size)
+            except EmilieError as error:
+                faults.append(f"{at}: {where}{part}: {error}")
+    if size not in (None, (world.SIZE, world.SIZE)) and any(entry.truth for entry in (item, *item.turns)):
+        faults.append(
+            f"{at}: truth: the picture is {size[0]}x{size[1]} px and no picture of the small world: leave it out"
+        )
+
+
+# ---- writing
+
+
+def write(folder: str | Path, items: Iterable[Item]) -> str:
+    """Write a benchmark, whole and checked or not at all; returns `check`'s line. Pictures are copied or saved as PNG.
+
+    items: may be a generator, so that one item at a time is in memory. Raises BenchError, also for a folder that is
+    there and not empty.
+    """
+    folder = Path(os.path.abspath(folder))
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise BenchError(f"{folder} is there already: remove it or name another folder")
+        if not folder.parent.is_dir():
+            raise BenchError(f"there is no folder {folder.parent}: make it or name another")
+        unfinished.mkdir()
+        with open(unfinished / FILE, "w", encoding="utf-8", newline="\n") as f:
+            for item in items:
+                f.write(json.dumps(_record(item, unfinished), ensure_ascii=False) + "\n")
+        try:
+            summary = check(unfinished)
+        except BenchError as error:
+            raise BenchError(str(error).replace(str(unfinished), str(folder))) from error
+        if folder.exists():
+            folder.rmdir()
+        unfinished.rename(folder)
+    except OSError as error:
+        raise BenchError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return summary
+
+
+def _record(item: Item, folder: Path) -> dict:
+    """An item as it stands in bench.jsonl, its pictures put into the folder."""
+    if not ID.fullmatch(item.id):
+        raise BenchError(f'an id must be of letters, digits, "_", "-" and ".", not {item.id!r}')
+
+    def fields(entry: Item | Turn, stem: str) -> dict:
+        record = {}
+        for key, value in vars(entry).items():
+            if isinstance(value, Picture):
+                value = _put(value, folder, f"{key}s/{stem}")
+            elif isinstance(value, world.Scene):
+                value = value.to_dict()
+            elif key == "turns":
+                value = [fields(turn, f"{item.id}_{i}") for i, turn in enumerate(value, 1)]
+            if value is not None:
+                record[key] = value
+        return record
+
+    return fields(item, item.id)
+
+
+def _put(picture: Picture, folder: Path, stem: str) -> str:
+    """A picture's path in the folder, relative to it, once it is there."""
+    name = stem + (".png" if isinstance(picture, Image.Image) else picture.suffix.lower())
+    (folder / name).parent.mkdir(exist_ok=True)
+    if isinstance(picture, Image.Image):
+        picture.save(folder / name)
+    else:
+        shutil.copyfile(picture, folder / name)
+    return name
+
+
+# ---- the small world's own benchmarks
+
+
+def make(folder: str | Path, scenes: int = 40, turns: int | None = None, seed: int = 0, kind: str = "imie") -> str:
+    """Write a benchmark of the small world whose right results are known; returns `check`'s line.
+
+    kind: "imie", as IMIE-Bench: chains of 4 (`turns`) of all kinds of edits, about half of the local ones with a mask.
+    "drift", for Fig. 2: chains of 16 that change one object and change it back again, without masks; outside that
+    object's place every right result is the first picture. seed: other seeds have other scenes, none of which training
+    saw. The same call writes the same bytes. Raises BenchError.
+    """
+    if kind not in KINDS:
+        raise BenchError(f"no kind of benchmark {kind!r}: choose from {', '.join(KINDS)}")
+    turns = KINDS[kind] if turns is None else turns
+    if not 1 <= scenes <= SCENES or turns < 1:
+        raise BenchError(f"a benchmark has 1 to {SCENES} scenes and 1 turn or more, not {scenes} and {turns}")
+    if not 0 <= seed < (10**9 - FIRST) // SCENES:
+        raise BenchError(f"seed must be from 0 to {(10**9 - FIRST) // SCENES - 1}, not {seed}")
+    chain = _imie if kind == "imie" else _drift
+    return write(folder, (chain(i, FIRST + seed * SCENES + i, turns) for i in range(scenes)))
+
+
+def _imie(i: int, seed: int, turns: int) -> Item:
+    """A chain of edits of all kinds, the first of the i-th kind."""
+    rng = random.Random(f"imie {seed}")
+    first = now = world.scene(seed)
+    edits, kinds = [], []
+    for turn in range(turns):
+        kinds.append(rng.choice(world.possible(now)) if turn else world.KINDS[i % len(world.KINDS)])
+        text, now, place = world.instruct(now, f"{seed} {turn}", kinds[-1])
+        masked = place is not None and rng.random() < 0.5
+        edits.append(Turn(text, place if masked else None, world.caption(now), place, truth=now))
+    return _world_item(i, seed, first, edits, kinds=kinds)
+
+
+def _drift(i: int, seed: int, turns: int) -> Item:
+    """A chain that recolours or reshapes one object in every odd turn and undoes it in the next."""
+    rng = random.Random(f"drift {seed}")
+    first = now = world.scene(seed)
+    place = rng.choice(first.objects).place
+    edits, kinds = [], []
+    for turn in range(turns):
+        if turn % 2 == 0:
+            kind = rng.choice(("recolour", "shape"))
+        for attempt in count():  # any object may be drawn, and any colour or shape
+            text, after, where = world.instruct(now, f"{seed} {turn} {attempt}", kind)
+            if after == first or turn % 2 == 0 and where.tobytes() == world.mask(place).tobytes():
+                break
+        now = after
+        kinds.append(kind)
+        edits.append(Turn(text, None, world.caption(now), world.mask(place), truth=now))
+    return _world_item(i, seed, first, edits, kinds=kinds, place=place)
+
+
+def _world_item(i: int, seed: int, scene: world.Scene, turns: list[Turn], **meta) -> Item:
+    caption, picture = world.caption(scene), world.render(scene)
+    return Item(f"{i + 1:04d}", picture, tuple(turns), caption, scene, {"scene": seed, **meta})

@@ -1,0 +1,457 @@
+"""What is measured of a finished edit: on the pictures, against the small world's truth, and by CLIP, BLIP and LPIPS.
+
+Pictures are PIL images or uint8 arrays (H, W, 3), in one comparison of one size, else ImageError. A mask or region is
+PIL, or uint8 or bool (H, W), white (128 and more, or True) where an edit was to change something, else MaskError: those
+pixels are left out, so that nothing in them changes a number. Where every pixel is left out, the answer is None.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from ..errors import BenchError, ImageError, MaskError
+from ..toy import judge, world
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Picture = Image.Image | np.ndarray
+Values = Mapping[str, Sequence[float | None]]  # of each item, over seeds and turns; None or NaN where missing
+CLIP, BLIP = "openai/clip-vit-large-patch14", "Salesforce/blip-image-captioning-large"
+PSNR_CAP = 100.0  # dB: what identical pictures count as, so that a mean over pictures stays a number
+RADIUS = 5  # px, of SSIM's window
+BATCH = 16
+
+
+class Metric(NamedTuple):
+    """How a table shows a number of `measure_turn`."""
+
+    title: str
+    unit: str  # "share" in [0, 1], of turns (true or false each) or of changes; "" for plain numbers
+    better: str  # "higher" or "lower"
+    what: str
+
+
+METRICS = {
+    "correct": Metric("correct", "share", "higher", "the whole picture shows the right scene, cleanly drawn"),
+    "edited": Metric("edited", "share", "higher", "what this turn had to change is right"),
+    "kept": Metric("kept", "share", "higher", "all else is as it should be by now, earlier turns' faults included"),
+    "retained": Metric("edits shown", "share", "higher", "of all changes so far that still stand, those that show"),
+    "lost": Metric("edits lost", "share", "lower", "of earlier changes that showed before this turn, those now gone"),
+    "psnr_target": Metric("PSNR to target", "dB", "higher", "against the right picture, everywhere"),
+    "l1_target": Metric("L1 to target", "grey levels", "lower", "against the right picture, everywhere"),
+    "psnr_outside": Metric("PSNR outside", "dB", "higher", "against the picture before, outside the turn's region"),
+    "ssim_outside": Metric("SSIM outside", "", "higher", "against the picture before, outside the turn's region"),
+    "l1_outside": Metric("L1 outside", "grey levels", "lower", "against the picture before, outside the turn's region"),
+    "lpips_outside": Metric("LPIPS outside", "", "lower", "against the picture before, outside the turn's region"),
+    "psnr_first": Metric("PSNR to first", "dB", "higher", "against the input, outside all regions so far"),
+    "l1_first": Metric("L1 to first", "grey levels", "lower", "against the input, outside all regions so far"),
+    "clip": Metric("CLIP score", "", "higher", "cosine of the picture and the instruction"),
+    "blip": Metric("BLIP score", "", "higher", "cosine of BLIP's caption of the picture and the instruction"),
+    "direction": Metric("CLIP direction", "", "higher", "cosine of the picture's change and the captions' change"),
+    "clip_image": Metric("CLIP image", "", "higher", "cosine of the picture and the one before"),
+}
+
+
+# ---- pictures
+
+
+def _rgb(picture: Picture) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    if getattr(picture, "dtype", None) != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ImageError("a picture to measure must be a PIL image or a uint8 array (H, W, 3)")
+    return Image.fromarray(picture)
+
+
+def _white(mask: Picture, shape: tuple[int, int]) -> np.ndarray:
+    array = np.asarray(mask.convert("L") if isinstance(mask, Image.Image) else mask)
+    if array.shape != shape or array.dtype not in (np.uint8, bool):
+        raise MaskError(f"a mask of shape {array.shape}, {array.dtype}, for pictures of {shape}: give uint8 or bool")
+    return array if array.dtype == bool else array >= 128
+
+
+def _union(masks: Sequence[Picture | None], shape: tuple[int, int]) -> np.ndarray:
+    """Where any mask is white, bool (H, W); everywhere if one is None, an edit of the whole picture."""
+    return np.any([np.ones(shape, bool) if mask is None else _white(mask, shape) for mask in masks], axis=0)
+
+
+def _pair(a: Picture, b: Picture, mask: Picture | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two pictures as float64 (H, W, 3), and which pixels count, bool (H, W)."""
+    a, b = (np.asarray(_rgb(picture), dtype=np.float64) for picture in (a, b))
+    if a.shape != b.shape:
+        raise ImageError(f"pictures of {a.shape[1]}x{a.shape[0]} and {b.shape[1]}x{b.shape[0]} px: make them one size")
+    return a, b, np.ones(a.shape[:2], bool) if mask is None else ~_white(mask, a.shape[:2])
+
+
+def _mean(values: np.ndarray, counts: np.ndarray) -> float | None:
+    return float(values[counts].mean()) if counts.any() else None
+
+
+def l1(a: Picture, b: Picture, mask: Picture | None = None) -> float | None:
+    """Mean absolute difference of the channels, grey levels in [0, 255]."""
+    a, b, counts = _pair(a, b, mask)
+    return _mean(np.abs(a - b), counts)
+
+
+def psnr(a: Picture, b: Picture, mask: Picture | None = None) -> float | None:
+    """Peak signal-to-noise ratio, dB, `PSNR_CAP` at most; the mean squared error is over the pixels that count.
+
+    `toy.judge.psnr` is the same for 64x64 pictures, without masks, and infinite for identical ones.
+    """
+    a, b, counts = _pair(a, b, mask)
+    error = _mean(np.square(a - b), counts)
+    if not error:
+        return error if error is None else PSNR_CAP
+    return min(PSNR_CAP, float(10 * np.log10(255**2 / error)))
+
+
+def ssim(a: Picture, b: Picture, mask: Picture | None = None) -> float | None:
+    """Structural similarity (Wang et al. 2004) of the channels, in [-1, 1]: the mean of scikit-image's map.
+
+    Gaussian window of 11x11, sigma 1.5, population covariance. Only pixels count whose whole window lies in the
+    picture and touches no masked pixel; without a mask that is `structural_similarity`'s own mean.
+    """
+    a, b, counts = _pair(a, b, mask)
+    if min(counts.shape) <= 2 * RADIUS:
+        raise ImageError(f"SSIM needs pictures of {2 * RADIUS + 1} px a side at least")
+    try:
+        from skimage.metrics import structural_similarity
+    except ImportError as cause:
+        raise BenchError("SSIM needs scikit-image: pip install 'emilie_min[bench]'") from cause
+    gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    _, values = structural_similarity(a, b, data_range=255, channel_axis=2, full=True, **gaussian)
+    touched = Image.fromarray(~counts).convert("L").filter(ImageFilter.MaxFilter(2 * RADIUS + 1))
+    inner = (slice(RADIUS, -RADIUS),) * 2
+    return _mean(values[inner], np.asarray(touched)[inner] == 0)
+
+
+def drift(first: Picture, images: Sequence[Picture], masks: Sequence[Picture | None] | None = None) -> list[dict]:
+    """{"psnr", "l1"} of the picture after each turn against the first, outside all masks so far.
+
+    masks: one a turn, None = that turn was about the whole picture. Without any, every pixel counts.
+    """
+    shape = _rgb(first).size[::-1]
+    unions = [masks if masks is None else _union(masks[: i + 1], shape) for i in range(len(images))]
+    return [{"psnr": psnr(first, x, union), "l1": l1(first, x, union)} for x, union in zip(images, unions)]
+
+
+# ---- the small world's truth
+
+
+def _facts(scene: world.Scene) -> set[tuple]:
+    at = {o.place: (o.shape, o.colour) for o in scene.objects}
+    things = {(place, *fact) for place in world.PLACES for fact in enumerate(at.get(place, (None, None)))}
+    return things | {("ground", scene.ground), ("look", scene.look)}
+
+
+def _shown(image: Picture, truth: world.Scene) -> set[tuple]:
+    """The facts of a scene that a picture shows; nothing of a thing that is out of its position."""
+    if _rgb(image).size != (world.SIZE, world.SIZE):
+        raise ImageError(f"the small world's pictures have {world.SIZE}x{world.SIZE} px: run its model at that size")
+    seen, at = judge.read(image).scene, {o.place: o for o in truth.objects}
+    offs = [(o, at.get(o.place, o)) for o in seen.objects]
+    near = [o for o, want in offs if max(abs(o.dx - want.dx), abs(o.dy - want.dy)) <= judge.TOLERANCE]
+    return _facts(replace(seen, objects=near)) & _facts(truth)
+
+
+def _share(outcomes: list[bool]) -> float | None:
+    return float(np.mean(outcomes)) if outcomes else None
+
+
+def world_verdict(image: Picture | None, truths: Sequence[world.Scene], before: Picture | None = None) -> dict:
+    """Whether a picture is what its chain of instructions asked for: {"correct", "edited", "kept", "retained", "lost"}.
+
+    image: 64x64, else ImageError; None = the chain has ended with an error, and all is wrong. truths: the input's scene
+    and the right one after each turn so far; before: the picture before the last turn.
+    correct, edited, kept: by `toy.judge.judge`, of the last truth given the one before it. The truth is what the
+    instructions lead to, whatever the picture before was, so an earlier turn's fault is not "kept".
+
+    A scene's facts are its ground, its look, and of each place the shape and the colour, both None where it is empty. A
+    turn's change is the facts that are new in its truth; of these stand those that no later turn changed, were it back
+    again. A change shows if all of it that stands is what `toy.judge.read` sees, clean or not, within its TOLERANCE.
+    retained: of the turns so far, this one included, of whose change something stands, the share whose change shows.
+    lost: of the earlier ones of these whose change showed in `before`, the share whose change shows no more.
+    Both are None where there is no such turn.
+    """
+    facts = [_facts(truth) for truth in truths]
+    changes = [set.intersection(*facts[turn:]) - facts[turn - 1] for turn in range(1, len(facts))]  # that stand
+    changes = [change for change in changes if change]
+    if image is None:
+        wrong = dict.fromkeys(("correct", "edited", "kept"), False)
+        return wrong | {"retained": 0.0 if changes else None, "lost": None}
+    shown, had = _shown(image, truths[-1]), set() if before is None else _shown(before, truths[-2])
+    verdict = judge.judge(image, truths[-1], truths[-2])
+    showed = [change for change in changes if change <= had]  # this turn's is not in the truth before
+    return {
+        "correct": verdict.correct,
+        "edited": verdict.edited,
+        "kept": verdict.kept,
+        "retained": _share([change <= shown for change in changes]),
+        "lost": _share([not change <= shown for change in showed]),
+    }
+
+
+# ---- scores by pretrained networks, each loaded when its scorer is made
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _load(name: str | Path, model: str, processor: str, device: str) -> tuple:
+    """(network, image processor, tokenizer): from a folder; by a hub's name from its cache, else by a download.
+
+    The image processor is the one for PIL pictures, whether torchvision is there or not. Raises BenchError.
+    """
+    import transformers
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    from transformers.utils import logging
+
+    from ..loading import _device
+
+    device = _device(device)
+    folder, verbosity = Path(name).is_dir(), logging.get_verbosity()
+    try:
+        cached = folder or try_to_load_from_cache(str(name), "config.json")  # a path, or something else that is none
+    except HFValidationError as cause:
+        raise BenchError(f"no folder {name}: give one with a {model}'s files, or the hub's name of one") from cause
+    snapshot = [Path(cached).parent] if isinstance(cached, str) else []
+    for place in [name] if folder else [*snapshot, name]:
+        where = {"pretrained_model_name_or_path": str(place), "local_files_only": Path(place).is_dir()}
+        logging.set_verbosity_error()  # its page on missing tensors becomes one line below
+        try:
+            kind = getattr(transformers, model)
+            network, report = kind.from_pretrained(**where, dtype="float32", output_loading_info=True)
+            kind = getattr(transformers, processor + "Pil", None) or getattr(transformers, processor)  # as in 5.0
+            helpers = kind.from_pretrained(**where), transformers.AutoTokenizer.from_pretrained(**where)
+            break
+        except Exception as error:  # of whatever type its files or the network provoke
+            cause = error
+        finally:
+            logging.set_verbosity(verbosity)
+    else:
+        what = "is neither a folder nor in the hub's cache, and cannot be downloaded: give a folder, or go online"
+        what = f"does not hold a {model} with tokenizer and image processor: copy all its files" if folder else what
+        raise BenchError(f"{name} {what} ({_line(cause)})") from cause
+    if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+        raise BenchError(f"{name} is not a {model}: it lacks {len(missing)} tensors, such as {missing[0]}")
+    if len(helpers[1]) < network.config.text_config.vocab_size / 2:  # without its files it would come empty
+        raise BenchError(f"{name} lacks its tokenizer: copy tokenizer.json, or the vocabulary and merges, too")
+    return network.eval().to(device), *helpers
+
+
+class ClipScorer:
+    """CLIP (Radford et al. 2021): pictures and texts in one space. Each is embedded once, and kept.
+
+    model: a folder in the hub's format, or a hub's name; InstructPix2Pix uses ViT-L/14, and EMILIE does not say.
+    Pictures are scaled and centre-cropped as CLIP's own preprocessing does it. Raises BenchError.
+    """
+
+    def __init__(self, model: str | Path = CLIP, device: str = "cpu"):
+        self.model, self.processor, self.tokenizer = _load(model, "CLIPModel", "CLIPImageProcessor", device)
+        self._known: dict[object, Tensor] = {}
+
+    def image(self, images: Sequence[Picture]) -> "Tensor":
+        """(N, D) float32 on the CPU, of unit length."""
+        images = [_rgb(image) for image in images]
+        keys = [(image.size, hashlib.sha256(image.tobytes()).digest()) for image in images]
+        return self._embed(dict(zip(keys, images)), keys, self._image)
+
+    def text(self, texts: Sequence[str]) -> "Tensor":
+        """(N, D) float32 on the CPU, of unit length. What a text has beyond 77 tokens is cut off, with a warning."""
+        return self._embed({text: text for text in texts}, texts, self._text)
+
+    def _image(self, images: list[Image.Image]):
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        return self.model.get_image_features(pixel_values=pixels.to(self.model.device))
+
+    def _text(self, texts: list[str]):
+        limit = self.model.config.text_config.max_position_embeddings
+        for text, ids in zip(texts, self.tokenizer(texts, truncation=True, max_length=limit + 1)["input_ids"]):
+            if len(ids) > limit:
+                warnings.warn(f'CLIP reads {limit} tokens: the end of "{text[:40]}..." is cut', stacklevel=2)
+        tokens = self.tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors="pt")
+        return self.model.get_text_features(**tokens.to(self.model.device))
+
+    def _embed(self, inputs: dict, keys: Sequence, features: Callable) -> "Tensor":
+        import torch
+
+        new = [key for key in inputs if key not in self._known]
+        for batch in (new[i : i + BATCH] for i in range(0, len(new), BATCH)):
+            with torch.no_grad():
+                out = features([inputs[key] for key in batch])
+            out = getattr(out, "pooler_output", out)  # before transformers 5 it was the tensor itself
+            self._known |= zip(batch, torch.nn.functional.normalize(out.float(), dim=-1).cpu())
+        return torch.stack([self._known[key] for key in keys])
+
+    def clip_score(self, image: Picture, instruction: str) -> float:
+        """Cosine of picture and instruction, in [-1, 1], neither scaled nor clipped."""
+        return float(self.image([image])[0] @ self.text([instruction])[0])
+
+    def image_similarity(self, before: Picture, after: Picture) -> float:
+        """Cosine of two pictures, as InstructPix2Pix reports it."""
+        return float(self.image([before])[0] @ self.image([after])[0])
+
+    def direction_similarity(self, before: Picture, after: Picture, caption_before: str, caption_after: str) -> float:
+        """Cosine of the picture's change and its caption's (Gal et al. 2022), as InstructPix2Pix reports it.
+
+        0 where picture or caption does not change at all.
+        """
+        (x0, x1), (t0, t1) = self.image([before, after]), self.text([caption_before, caption_after])
+        return float((x1 - x0) @ (t1 - t0) / ((x1 - x0).norm() * (t1 - t0).norm()).clamp(min=1e-12))
+
+
+class BlipScorer:
+    """BLIP (Li et al. 2022) says what a picture shows, which is compared with what was asked for.
+
+    EMILIE names neither the checkpoint nor how the two texts are compared: CLIP's text cosine is our choice, so values
+    compare with one another and not with the paper's. Raises BenchError.
+    """
+
+    def __init__(self, clip: ClipScorer, model: str | Path = BLIP, device: str = "cpu"):
+        names, self.clip = ("BlipForConditionalGeneration", "BlipImageProcessor"), clip
+        self.model, self.processor, self.tokenizer = _load(model, *names, device)
+
+    def captions(self, images: Sequence[Picture]) -> list[str]:
+        """Greedy captions, of 30 tokens at most."""
+        out = []
+        for batch in (images[i : i + BATCH] for i in range(0, len(images), BATCH)):
+            pixels = self.processor(images=[_rgb(image) for image in batch], return_tensors="pt")["pixel_values"]
+            ids = self.model.generate(pixels.to(self.model.device), do_sample=False, num_beams=1, max_new_tokens=30)
+            texts = self.tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True)  # without BLIP's own start token
+            out += [text.strip() for text in texts]
+        return out
+
+    def blip_score(self, image: Picture, instruction: str) -> float:
+        """Cosine of the picture's caption and the instruction, in [-1, 1]."""
+        caption, asked = self.clip.text([*self.captions([image]), instruction])
+        return float(caption @ asked)
+
+
+class LpipsScorer:
+    """LPIPS (Zhang et al. 2018), AlexNet, version 0.1, by the package `lpips`. Raises BenchError without it."""
+
+    def __init__(self, device: str = "cpu"):
+        from ..loading import _device
+
+        self.device = _device(device)
+        try:
+            from lpips import LPIPS
+
+            self.net = LPIPS(net="alex", spatial=True, verbose=False).to(self.device)
+        except ImportError as cause:
+            raise BenchError("LPIPS needs its package: pip install lpips") from cause
+        except Exception as cause:  # its AlexNet is torchvision's, from the network at first
+            raise BenchError(f"LPIPS cannot be loaded, go online once ({_line(cause)})") from cause
+
+    def lpips_distance(self, a: Picture, b: Picture, mask: Picture | None = None) -> float | None:
+        """The mean of its map over the pixels that count, the others being made the same in both pictures before."""
+        import torch
+
+        a, b, counts = _pair(a, b, mask)
+        pair = np.stack([a, np.where(counts[..., None], b, a)]) / 127.5 - 1
+        x, y = torch.from_numpy(pair).float().permute(0, 3, 1, 2).to(self.device)[:, None]
+        with torch.no_grad():
+            return _mean(self.net(x, y)[0, 0].cpu().numpy(), counts)
+
+
+# ---- one turn, and many
+
+
+def measure_turn(
+    before: Picture | None,
+    after: Picture | None,
+    first: Picture,
+    instruction: str,
+    captions: tuple[str | None, str | None] = (None, None),
+    regions: Sequence[Picture | None] = (None,),
+    target: Picture | None = None,
+    truths: Sequence[world.Scene] | None = None,
+    clip: ClipScorer | None = None,
+    blip: BlipScorer | None = None,
+    lpips: LpipsScorer | None = None,
+) -> dict[str, float | bool | None]:
+    """Everything in `METRICS` that can be said of one turn. All pictures have the working size.
+
+    before, after: the picture before and after the turn; after None = the chain has ended with an error: wrong where
+    there is a truth, else None. first: the chain's input. captions: of `before` and of the right result. regions: of
+    each turn so far, where its right result may differ, else its mask; None = anywhere, which leaves nothing outside.
+    target: the right result; by default that of the last truth. truths: the input's scene and one for each turn so
+    far. Keys are absent where their scorer, the target or (were it one) the truths are not given.
+    """
+    truths = truths if truths and None not in truths else None
+    out = world_verdict(after, truths, before) if truths else {}
+    target = world.render(truths[-1]) if truths and target is None else target
+    shape = _rgb(first).size[::-1]
+    region, ever = _union(regions[-1:], shape), _union(regions, shape)
+    measures = {
+        "psnr_target": lambda: psnr(target, after),
+        "l1_target": lambda: l1(target, after),
+        "psnr_outside": lambda: psnr(before, after, region),
+        "ssim_outside": lambda: ssim(before, after, region),
+        "l1_outside": lambda: l1(before, after, region),
+        "lpips_outside": lambda: lpips.lpips_distance(before, after, region),
+        "psnr_first": lambda: psnr(first, after, ever),
+        "l1_first": lambda: l1(first, after, ever),
+        "clip": lambda: clip.clip_score(after, instruction),
+        "blip": lambda: blip.blip_score(after, instruction),
+        "direction": lambda: clip.direction_similarity(before, after, *captions) if all(captions) else None,
+        "clip_image": lambda: clip.image_similarity(before, after),
+    }
+    needs = {"target": target, "lpips": lpips, "clip": clip, "direction": clip, "blip": blip}
+    for key, measure in measures.items():
+        if all(value is not None for part, value in needs.items() if part in key):
+            out[key] = None if after is None else measure()
+    return out
+
+
+class Interval(NamedTuple):
+    """A mean with its 95% bootstrap interval."""
+
+    mean: float  # NaN of no item
+    low: float  # NaN, as `high`, of fewer than two items
+    high: float
+    items: int  # that had a value
+    missing: int  # values that were None or NaN
+
+    def verdict(self, better: str = "higher") -> str:
+        """Of a difference: "wins", "loses", or, where the interval holds 0 or there is none, "ties"."""
+        above, below = ("wins", "loses") if better == "higher" else ("loses", "wins")
+        return above if self.low > 0 else below if self.high < 0 else "ties"
+
+
+def bootstrap(values_by_item: Values, n: int = 10_000, seed: int = 0) -> Interval:
+    """The mean over items of each item's mean, and its percentile interval from `n` resamplings of the items.
+
+    Values of one item are not independent, so an item is drawn whole or not at all. Missing values are left out of
+    their item's mean, an item without any out of the whole: where a failure must count, give it a value.
+    """
+    rows = [np.array([np.nan if v is None else v for v in values], float) for values in values_by_item.values()]
+    missing = sum(int(np.isnan(row).sum()) for row in rows)
+    means = np.array([np.nanmean(row) for row in rows if not np.isnan(row).all()])
+    if len(means) < 2:
+        return Interval(float(means.mean()) if len(means) else np.nan, np.nan, np.nan, len(means), missing)
+    draws = np.random.default_rng(seed).integers(len(means), size=(n, len(means)))
+    low, high = np.percentile(means[draws].mean(1), (2.5, 97.5))
+    return Interval(float(means.mean()), float(low), float(high), len(means), missing)
+
+
+def paired_bootstrap(a_by_item: Values, b_by_item: Values, n: int = 10_000, seed: int = 0) -> Interval:
+    """`bootstrap` of a - b, value by value (same item, seed and turn); a pair is missing where either value is.
+
+    Raises BenchError where the two do not hold the same items with as many values.
+    """
+    if {k: len(v) for k, v in a_by_item.items()} != {k: len(v) for k, v in b_by_item.items()}:
+        raise BenchError("two methods can be compared only over the same items, seeds and turns")
+    pairs = {item: zip(values, b_by_item[item]) for item, values in a_by_item.items()}
+    return bootstrap(
+        {k: [None if None in p else float(p[0]) - float(p[1]) for p in v] for k, v in pairs.items()}, n, seed
+    )

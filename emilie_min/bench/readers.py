@@ -1,0 +1,251 @@
+"""Published benchmarks in their own layouts, read into the one form of `data`.
+
+Each reader says what of the layout is documented and what is inferred. None was tried on the released files, which
+are not on this machine: where a layout is other than described, the readers say so and guess nothing.
+"""
+
+import csv
+import inspect
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..errors import BenchError
+from . import data
+from .data import Item, Turn
+
+PARTS = ("natural", "generated")
+PROMPTS = ("mask-simple", "mask-rich", "full")
+POLARITIES = ("white-is-edit", "black-is-edit")
+PIE_SIZE = 512  # px a side of all of PIE-Bench's pictures and masks
+
+
+def import_(format: str, source: str | Path, folder: str | Path, **options) -> str:
+    """Write a published benchmark that lies in `source` as a benchmark folder; returns `data.check`'s line.
+
+    format: one of FORMATS; options: those of its reader. Raises BenchError, and then `folder` is as it was.
+    """
+    if format not in FORMATS:
+        raise BenchError(f"no format {format!r}: choose from {', '.join(FORMATS)}")
+    reader = FORMATS[format]
+    try:
+        inspect.signature(reader).bind(source, **options)
+    except TypeError as error:
+        takes = ", ".join(list(inspect.signature(reader).parameters)[1:])
+        raise BenchError(f"{format}: {error}; it takes {takes}") from None
+    return data.write(folder, reader(Path(source), **options))
+
+
+def read_editbench(
+    source: str | Path, polarity: str, which: tuple[str, ...] = PARTS, prompt: str = "mask-rich"
+) -> Iterator[Item]:
+    """EditBench (Wang et al. 2023): one edit a picture, always in a mask.
+
+    Documented by public code that reads it: annotations_natural.csv and annotations_generated.csv with the columns
+    aos, prompt_mask-simple, prompt_mask-rich and prompt_full; references_natural/AOS.png, masks_natural/AOS.png, and
+    the same for generated. The paper: references are whole pictures, which it uses for automatic metrics too; simple
+    and rich prompts describe what belongs into the mask, full ones the whole picture.
+
+    polarity: "white-is-edit" or "black-is-edit". Which of the two the masks have is not documented: look at one.
+    which: the parts to read. prompt: the column that becomes the instruction, "mask-simple", "mask-rich" or "full";
+    EMILIE does not say which it used, and none of them is an instruction; "mask-rich" is what other public code takes.
+    The full prompt becomes the caption. Inferred: that the reference is the picture to edit. It may show already what
+    the prompt says, so a method that does nothing can score well. Raises BenchError.
+    """
+    if polarity not in POLARITIES:
+        raise BenchError(f"polarity must be {' or '.join(POLARITIES)}, not {polarity!r}: look at one of the masks")
+    if prompt not in PROMPTS:
+        raise BenchError(f"prompt must be one of {', '.join(PROMPTS)}, not {prompt!r}")
+    if not which or not set(which) <= set(PARTS):
+        raise BenchError(f"which must be of {', '.join(PARTS)}, not {', '.join(which) or 'nothing'}")
+    source = Path(source)
+    for part in which:
+        table = source / f"annotations_{part}.csv"
+        for line, row in _rows(table, ("aos", "prompt_full", f"prompt_{prompt}")):
+            at = f"{table}:{line}"
+            name = row["aos"].strip()
+            picture = _file(source, f"references_{part}/{name}.png", at)
+            marked = _picture(_file(source, f"masks_{part}/{name}.png", at)).convert("L")
+            size = _picture(picture).size
+            if marked.size != size:
+                raise BenchError(f"{at}: the mask is {_px(marked.size)} and the picture {_px(size)}: they must agree")
+            mask = (marked if polarity == "white-is-edit" else ImageOps.invert(marked)).point(_half)
+            turn = Turn(row[f"prompt_{prompt}"].strip(), mask, row["prompt_full"].strip())
+            yield Item(_id(f"{part}_{name}"), picture, (turn,), meta={"from": "EditBench", "aos": name})
+
+
+def read_magicbrush(source: str | Path, masks: bool = False) -> Iterator[Item]:
+    """MagicBrush (Zhang et al. 2023): chains of edits of photos, each with a mask and a picture of the right result.
+
+    For the release as files, dev or test; the hub's parquet files have another layout. Documented by its authors'
+    code: edit_sessions.json is {session: [{input, mask, output, instruction}, ...]} with names of files in
+    images/SESSION. By other public code: global_descriptions.json, optional here, is {session: {file: caption}}. By
+    its authors in issue 10 of OSU-NLP-Group/MagicBrush: a mask is the picture with what is to be edited made
+    transparent, at times of another size. So it is read from the alpha channel, every pixel that is not opaque is
+    edited, and it is scaled to the picture; the grey values of such a file mean nothing.
+
+    masks: give them to the methods too; else they are regions, for measuring only. Inferred: a turn whose input is
+    not the result of the turn before begins a new chain, whose id is the session's and the turn's number. Raises
+    BenchError.
+    """
+    source = Path(source)
+    path = source / "edit_sessions.json"
+    sessions = _json(path)
+    descriptions = source / "global_descriptions.json"
+    captions = _json(descriptions) if descriptions.exists() else {}
+    for session, edits in sessions.items():
+        if not isinstance(edits, list) or not edits:
+            raise BenchError(f"{path}: session {session} must be a list of edits")
+        texts = captions[session] if isinstance(captions.get(session), dict) else {}
+        chains = []
+        for i, edit in enumerate(edits, 1):
+            at = f"{path}: session {session}, edit {i}"
+            fields = _texts(edit, ("input", "mask", "output", "instruction"), at)
+            picture, mask, output = (_file(source, f"images/{session}/{name}", at) for name in fields[:3])
+            region = _transparent(mask, _picture(picture).size)
+            turn = Turn(fields[3], region if masks else None, texts.get(fields[2]), region, output)
+            if i == 1 or fields[0] != edits[i - 2]["output"]:
+                chains.append((i, picture, texts.get(fields[0]), []))
+            chains[-1][-1].append(turn)
+        for i, picture, caption, turns in chains:
+            name = _id(session if i == 1 else f"{session}_{i}")
+            yield Item(name, picture, tuple(turns), caption, meta={"from": "MagicBrush"})
+
+
+def read_piebench(source: str | Path, masks: bool = False) -> Iterator[Item]:
+    """PIE-Bench (Ju et al. 2024): 700 pictures of 512x512 px, one edit each, with the region that it is about.
+
+    Documented by its authors (README and evaluation/evaluate.py of cure-lab/PnPInversion): mapping_file.json is
+    {id: {image_path, original_prompt, editing_prompt, editing_instruction, editing_type_id, blended_word, mask}},
+    image_path lies in annotation_images/, and square brackets in a prompt mark what differs. mask is a flat list of
+    pairs, start and length of each run of pixels to edit, counted row by row over 512x512; a run that goes past the
+    end is cut there. Their decoding then marks the outermost row or column at every side as well, "to avoid annotation
+    errors in boundary". The region here has that border, as their figures do.
+
+    masks: give them to the methods too, without that border, which would have them edit a frame; else they are only
+    measured with. A region of all pixels is left out: such an edit is about the whole picture. Inferred: pictures of
+    another size fit no mask, and are an error. Raises BenchError.
+    """
+    source = Path(source)
+    path = source / "mapping_file.json"
+    wanted = ("image_path", "original_prompt", "editing_prompt", "editing_instruction")
+    for key, entry in _json(path).items():
+        at = f"{path}: {key}"
+        name, before, after, instruction = _texts(entry, wanted, at)
+        picture = _file(source, f"annotation_images/{name}", at)
+        size = _picture(picture).size
+        if size != (PIE_SIZE, PIE_SIZE):
+            raise BenchError(f"{at}: {name} is {_px(size)}, but PIE-Bench's masks are over {_px((PIE_SIZE, PIE_SIZE))}")
+        mask = _runs(entry.get("mask"), at)
+        region = mask.copy()
+        region[[0, -1]] = region[:, [0, -1]] = 255
+        before, after = (re.sub(r"[\[\]]", "", prompt) for prompt in (before, after))
+        local = not region.all()
+        turn = Turn(
+            instruction,
+            Image.fromarray(mask) if masks and local and mask.any() else None,
+            after,
+            Image.fromarray(region) if local else None,
+        )
+        meta = {"from": "PIE-Bench"} | {k: entry[k] for k in ("editing_type_id", "blended_word") if k in entry}
+        yield Item(_id(key), picture, (turn,), before, meta=meta)
+
+
+FORMATS = {"editbench": read_editbench, "magicbrush": read_magicbrush, "piebench": read_piebench}
+
+
+def _runs(pairs: object, at: str) -> np.ndarray:
+    """PIE-Bench's runs of pixels as a mask, uint8 (512, 512), 255 in every run."""
+    whole = isinstance(pairs, list) and all(type(n) is int and n >= 0 for n in pairs)
+    if not whole or len(pairs) % 2:
+        raise BenchError(f'{at}: "mask" must be a list of pairs of whole numbers, start and length of each run')
+    mask = np.zeros(PIE_SIZE * PIE_SIZE, np.uint8)
+    for start, length in zip(pairs[::2], pairs[1::2]):
+        mask[start : start + length] = 255
+    return mask.reshape(PIE_SIZE, PIE_SIZE)
+
+
+def _transparent(path: Path, size: tuple[int, int]) -> Image.Image:
+    """White where a picture is not opaque, scaled to `size`."""
+    image = _picture(path)
+    if not image.has_transparency_data:
+        raise BenchError(f"{path} has no transparency, by which MagicBrush's masks mark what to edit")
+    alpha = image.convert("RGBA").getchannel("A").point(lambda v: 255 if v < 255 else 0)
+    return alpha if alpha.size == size else alpha.resize(size, Image.Resampling.NEAREST)
+
+
+def _half(value: int) -> int:
+    return 255 if value >= 128 else 0
+
+
+def _px(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]} px"
+
+
+def _id(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+
+
+def _picture(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as file:
+            file.load()
+            return file
+    except Exception as error:  # PIL's plugins raise OSError, SyntaxError, struct.error, ... on broken files
+        raise BenchError(f"{path} cannot be read as a picture: {str(error) or type(error).__name__}") from error
+
+
+def _file(source: Path, name: str, at: str) -> Path:
+    """A file of the benchmark, by a name that its annotations give."""
+    try:
+        path = data.inside(source, name)
+    except ValueError as error:
+        raise BenchError(f"{at}: {error}") from None
+    if not os.path.isfile(path):
+        raise BenchError(f"{at}: there is no file {path}")
+    return path
+
+
+def _json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BenchError(f"{path} cannot be read ({error.strerror}): give the folder that holds it") from error
+    except (ValueError, RecursionError) as error:
+        raise BenchError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict) or not value:
+        raise BenchError(f"{path} must be an object with an entry for each picture")
+    return value
+
+
+def _texts(entry: object, keys: tuple[str, ...], at: str) -> list[str]:
+    """Texts of a JSON object under the given keys."""
+    for key in keys:
+        if not isinstance(entry, dict) or not isinstance(entry.get(key), str) or not entry[key].strip():
+            raise BenchError(f'{at}: "{key}" is missing or no text; expected {", ".join(keys)}')
+    return [entry[key].strip() for key in keys]
+
+
+def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line numbers and rows of a table that has these columns."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file, restval="")
+            missing = [column for column in columns if column not in (table.fieldnames or ())]
+            if missing:
+                raise BenchError(f"{path} has no column {missing[0]!r}, but: {', '.join(table.fieldnames or ['none'])}")
+            rows = [(table.line_num, row) for row in table]
+            for line, row in rows:
+                for column in columns:
+                    if not row[column].strip():
+                        raise BenchError(f"{path}:{line}: {column} is empty: fill it in or remove the row")
+    except OSError as error:
+        raise BenchError(f"{path} cannot be read ({error.strerror}): give the folder that holds it") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BenchError(f"{path} is no table in UTF-8 with commas: {error}") from error
+    return iter(rows)
