@@ -11,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 
+from .bench.cli import add_commands
 from .config import GATES, ITERATES, RESCALES
 from .errors import CanvasError, EmilieError, InstructionError, MaskError
 
@@ -110,6 +111,9 @@ def parser() -> Parser:
     evaluate.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     evaluate.add_argument("--quick", action="store_true", help="autoencoder and single edits only")
     add_model_options(evaluate)
+
+    help = "Compare methods: benchmark folders, runs, reports, the preference study."
+    add_commands(commands.add_parser("bench", help=help, description=help), add_model_options)
     return top
 
 

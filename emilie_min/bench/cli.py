@@ -1,0 +1,171 @@
+"""`emilie bench ...`: benchmark folders, runs over them, reports of runs, and the preference study."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import BenchError
+
+
+def add_commands(bench: argparse.ArgumentParser, add_model_options: Callable) -> None:
+    """The sub-commands of `emilie bench`."""
+    commands = bench.add_subparsers(dest="bench_command", required=True, metavar="COMMAND", parser_class=type(bench))
+
+    def command(name: str, run: Callable, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    make = command("make", run_make, "Write a benchmark of the small world, with the right results.")
+    make.add_argument("folder", type=Path, metavar="DIR")
+    make.add_argument("--scenes", type=whole, default=40, help="pictures (default: 40)")
+    make.add_argument("--turns", type=whole, help="instructions for each (default: 4; 16 for drift)")
+    make.add_argument("--seed", type=int, default=0, help="other scenes (default: 0)")
+    make.add_argument("--kind", choices=("imie", "drift"), default="imie",
+                      help="imie: as IMIE-Bench, masks on some; drift: one object changed again and again")  # fmt: skip
+
+    check = command("check", run_check, "Validate a benchmark folder: every line, picture and mask.")
+    check.add_argument("folder", type=Path, metavar="DIR")
+
+    take = command("import", run_import, "Bring EditBench, MagicBrush or PIE-Bench into the one form.")
+    take.add_argument("format", choices=("editbench", "magicbrush", "piebench"))
+    take.add_argument("source", type=Path, metavar="SOURCE")
+    take.add_argument("folder", type=Path, metavar="DIR")
+    take.add_argument("--polarity", choices=("white-is-edit", "black-is-edit"), help="of EditBench's masks: look first")
+    take.add_argument("--masks", action="store_true", help="give the methods MagicBrush's or PIE-Bench's masks")
+
+    run = command("run", run_run, "Run methods over a benchmark; started again, it goes on where it was.")
+    run.add_argument("folder", type=Path, metavar="DIR")
+    run.add_argument("--methods", default="emilie,ip2p,concat", metavar="A,B,...",
+                     help="of emilie, ip2p, concat, pnp, diffedit, bld; with settings, as in emilie:gate=eq8; or a "
+                          "class of your own, as in mine.py:Mine (default: emilie,ip2p,concat)")  # fmt: skip
+    run.add_argument("--seeds", default="0", metavar="0,1,...", help="of all noise (default: 0)")
+    run.add_argument("--steps", type=whole, help="sampling steps of every method (default: each model's own)")
+    run.add_argument(
+        "--prompt", choices=("caption", "instruction"), help="what text-to-image methods are told (caption)"
+    )
+    run.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder for the results")
+    run.add_argument("--shard", metavar="I/N", help="do the I-th of N parts, from 1; torchrun needs no --shard")
+    run.add_argument("--captions-weights", metavar="FILE",
+                     help="text-to-image model for pnp, diffedit, bld (default: the small one)")  # fmt: skip
+    add_model_options(run)
+
+    report = command("report", run_report, "Write tables, figures and pictures of a run: report.html, .md and .csv.")
+    report.add_argument("run_folder", type=Path, metavar="RUN")
+    report.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/report")
+    report.add_argument("--clip", metavar="MODEL", help="also CLIP scores, by a hub's model name or a folder")
+    report.add_argument("--blip", metavar="MODEL", help="also BLIP scores, likewise; needs --clip for its texts")
+    report.add_argument("--lpips", action="store_true", help="also LPIPS; its package must be installed")
+    report.add_argument("--grids", type=int, default=6, metavar="N", help="chains to show as pictures (default: 6)")
+    report.add_argument("--device", help="for the scores: cuda, cpu, ... (default: cpu)")
+
+    study = command("study", run_study, "Write a page on which people choose between methods without knowing them.")
+    study.add_argument("run_folder", type=Path, metavar="RUN")
+    study.add_argument("--methods", metavar="A,B,...", help="default: all of the run")
+    study.add_argument("--chains", type=whole, metavar="N", help="how many chains to ask about (default: all)")
+    study.add_argument("--seed", type=int, default=0, help="of the order shown (default: 0)")
+    study.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/study")
+
+    tally = command("tally", run_tally, "Count the answers that the study's page downloaded.")
+    tally.add_argument("key", type=Path, help="the key file beside the page")
+    tally.add_argument("answers", type=Path, nargs="+", metavar="ANSWERS.json")
+
+
+def whole(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 10000, not {text}")
+    return int(text)
+
+
+def names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def run_run(args: argparse.Namespace) -> None:
+    from . import run
+
+    shard, device = which_shard(args.shard, os.environ), args.device
+    if device in (None, "cuda") and "LOCAL_RANK" in os.environ and shard[1] > 1:
+        import torch
+
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    try:
+        seeds = [int(seed) for seed in names(args.seeds)]
+    except ValueError:
+        raise BenchError(f"--seeds {args.seeds}: give whole numbers, as in 0,1,2") from None
+    if not seeds or not names(args.methods):
+        raise BenchError("--seeds and --methods need at least one each")
+    done = run.run(
+        args.folder,
+        names(args.methods),
+        args.out,
+        seeds,
+        args.weights,
+        args.captions_weights,
+        device,
+        args.dtype,
+        args.tokenizer,
+        shard,
+        steps=args.steps,
+        prompt=args.prompt,
+    )
+    missing, failed = run.state(done)
+    print(f"{args.out}: {missing} edits missing, {failed} failed" if missing or failed else f"{args.out}: complete")
+
+
+def which_shard(text: str | None, environ: dict) -> tuple[int, int]:
+    """(i, n) of --shard I/N, or of torchrun's environment; (1, 1) without either. Raises BenchError."""
+    world = int(environ.get("WORLD_SIZE", 1))
+    if text is None:
+        return int(environ.get("RANK", 0)) + 1, world
+    if world > 1:
+        raise BenchError("--shard and torchrun both split the work: use one of them")
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise BenchError(f"--shard {text}: give I/N with I from 1 to N")
+    return int(i), int(n)
+
+
+def run_report(args: argparse.Namespace) -> None:
+    from . import report, run
+
+    done = run.read_run(args.run_folder)
+    page = report.report(
+        done, args.out, args.clip, args.blip, args.lpips, grids=args.grids, device=args.device or "cpu"
+    )
+    print(f"wrote {page}, and its tables beside it as .md and .csv")
+
+
+def run_study(args: argparse.Namespace) -> None:
+    from . import run, study
+
+    done = run.read_run(args.run_folder)
+    methods = names(args.methods) if args.methods else None
+    page, key, line = study.study(done, args.out or args.run_folder / "study", methods, args.chains, args.seed)
+    print(f"wrote {page}: {line}\nkeep {key} to yourself: `emilie bench tally` needs it")
+
+
+def run_tally(args: argparse.Namespace) -> None:
+    from . import study
+
+    print(study.tally(args.key, args.answers).markdown())
+
+
+def run_import(args: argparse.Namespace) -> None:
+    from . import readers
+
+    options = {"polarity": args.polarity} if args.format == "editbench" else {"masks": args.masks}
+    print(f"wrote {args.folder}: {readers.import_(args.format, args.source, args.folder, **options)}")
+
+
+def run_make(args: argparse.Namespace) -> None:
+    from . import data
+
+    print(f"wrote {args.folder}: {data.make(args.folder, args.scenes, args.turns, args.seed, args.kind)}")
+
+
+def run_check(args: argparse.Namespace) -> None:
+    from . import data
+
+    print(f"{args.folder}: {data.check(args.folder)}")

@@ -1,0 +1,693 @@
+"""Reports and preference studies of a small run whose every number can be worked out by hand."""
+
+import base64
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+import re
+import shutil
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from emilie_min.bench import data, metrics
+from emilie_min.bench.page import Table, Value, evenly
+from emilie_min.bench.report import report
+from emilie_min.bench.run import read_run, slug
+from emilie_min.bench.study import NO_DIFFERENCE, study, tally
+from emilie_min.errors import BenchError
+from emilie_min.toy import world
+
+EMILIE, IP2P, GATE = "emilie", "ip2p", "emilie:gate=eq8"
+SEEDS = (0, 1)
+NASTY = 'make the square <script>alert("x")</script> & `blue`'
+SETTINGS = {
+    EMILIE: {"gate": "anchor", "steps": None},
+    IP2P: {"pixels": "truncate"},
+    GATE: {"gate": "eq8", "steps": None},
+}
+
+
+def scenes():
+    """Three chains of two edits, each in a place of its own: recolour the circle, then the square."""
+    for i, ground in enumerate(("grass", "stone", "water")):
+        red, yellow = world.Object("circle", "red", "top left", i), world.Object("square", "yellow", "bottom right")
+        blue, green = world.Object("circle", "blue", "top left", i), world.Object("square", "green", "bottom right")
+        yield [world.Scene(ground, "day", things) for things in ((red, yellow), (blue, yellow), (blue, green))]
+
+
+def picture(method, item, turn, chain):
+    """emilie: all right, but the last chain's second edit is not made. ip2p: right, 3 grey levels brighter each turn.
+    The eq8 gate: no edit is made at all."""
+    if method == GATE or (method == EMILIE and item == 2 and turn == 2):
+        return world.render(chain[0 if method == GATE else 1])
+    return Image.fromarray(world.pixels(chain[turn]) + np.uint8(3 * turn if method == IP2P else 0))
+
+
+def fabricate(folder):
+    """A run of three methods and two seeds. ip2p fails at turn 2 of the first chain under seed 1; the last edit of
+    the eq8 gate has not been run."""
+    items = []
+    for i, chain in enumerate(scenes()):
+        texts = ["make the circle blue", NASTY if i == 1 else "make the square green"]
+        masks = [world.mask(place) for place in ("top left", "bottom right")]
+        turns = [
+            data.Turn(text, mask if i != 2 else None, world.caption(after), mask, truth=after)
+            for text, mask, after in zip(texts, masks, chain[1:])
+        ]
+        items.append(data.Item(f"{i + 1:04d}", world.render(chain[0]), tuple(turns), world.caption(chain[0]), chain[0]))
+    data.write(folder / "bench", items)
+    run = folder / "run"
+    for method in SETTINGS:
+        for seed in SEEDS:
+            for i, chain in enumerate(scenes()):
+                at = run / "edits" / slug(method) / str(seed) / f"{i + 1:04d}"
+                at.mkdir(parents=True)
+                world.render(chain[0]).save(at / "0.png")
+                for turn in (1, 2):
+                    if (method, seed, i, turn) == (GATE, 1, 2, 2):
+                        continue
+                    error = "the sampled latent is not finite" if (method, seed, i, turn) == (IP2P, 1, 0, 2) else None
+                    if not error:
+                        picture(method, i, turn, chain).save(at / f"{turn}.png")
+                    if method != IP2P and i != 2:
+                        world.mask(("top left", "bottom right")[turn - 1]).save(at / f"{turn}_mask.png")
+                    record = {"instruction": "", "seconds": turn + 0.5 * i, "notes": {}, "error": error}
+                    (at / f"{turn}.json").write_text(json.dumps(record))
+    info = {
+        "bench": str(folder / "bench"),
+        "bench_sha256": hashlib.sha256((folder / "bench" / "bench.jsonl").read_bytes()).hexdigest(),
+        "methods": {
+            m: {"class": m.split(":")[0].title(), "needs": "instructions", "settings": s} for m, s in SETTINGS.items()
+        },
+        "seeds": list(SEEDS),
+        "models": {"instructions": {"name": "toy.safetensors", "sha256": "ab" * 32}},
+        "versions": {"emilie_min": "0.1.0", "torch": "2.13"},
+        "device": "cpu",
+        "dtype": "float32",
+        "steps": None,
+        "prompt": None,
+    }
+    (run / "run.json").write_text(json.dumps(info))
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run and its report; not to be changed."""
+    folder = fabricate(tmp_path_factory.mktemp("fabricated"))
+    report(read_run(folder))
+    return folder
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """The same run, measured already, to be changed."""
+    return Path(shutil.copytree(folder, tmp_path / "run"))
+
+
+def table(folder, name):
+    """A table's CSV as {row: {column: text}}."""
+    rows = list(csv.DictReader(io.StringIO((folder / "report" / f"{name}.csv").read_text())))
+    return {row[next(iter(row))]: row for row in rows}
+
+
+def edits(folder):
+    return list(csv.DictReader(io.StringIO((folder / "report" / "metrics.csv").read_text())))
+
+
+def listed(means):
+    """The interval that ever more draws from these would lead to."""
+    return np.percentile(np.repeat(means, 1000), (2.5, 97.5))
+
+
+def counting(monkeypatch):
+    """A list to which each call of `measure_turn` adds."""
+    calls, measure = [], metrics.measure_turn
+    monkeypatch.setattr(metrics, "measure_turn", lambda *a, **k: calls.append(a) or measure(*a, **k))
+    return calls
+
+
+def no_curves(*_):
+    """In the place of figures, which take their time."""
+    return Table("none", "", (), [])
+
+
+# ---- numbers
+
+
+def test_the_run_is_what_it_is_meant_to_be(folder):
+    rows = {(e["method"], e["seed"], e["item"], e["turn"]): e for e in edits(folder)}
+    assert len(rows) == 3 * 2 * 3 * 2
+    failed, missing = rows[IP2P, "1", "0001", "2"], rows[GATE, "1", "0003", "2"]
+    assert failed["state"] == "failed" and failed["error"] == "the sampled latent is not finite"
+    assert failed["correct"] == failed["chain"] == "0" and not failed["psnr_first"]
+    assert missing["state"] == "missing" and not any(missing[name] for name in ("correct", "kept", "psnr_first"))
+    assert sum(e["state"] == "done" for e in rows.values()) == 34
+    assert rows[EMILIE, "0", "0002", "2"]["instruction"] == NASTY
+
+
+def test_shares_of_right_pictures(folder):
+    rows = table(folder, "correctness")
+    share = {m: {k.rstrip(" ↑↓"): v for k, v in row.items()} for m, row in rows.items()}
+    assert [float(share[m]["correct"]) for m in SETTINGS] == pytest.approx(
+        [(1 + 1 + 1 / 2) / 3, (3 / 4 + 1 + 1) / 3, 0]
+    )
+    assert [float(share[m]["whole chain correct"]) for m in SETTINGS] == pytest.approx([2 / 3, (1 / 2 + 1 + 1) / 3, 0])
+    assert [float(share[m]["kept"]) for m in SETTINGS] == pytest.approx([1, 11 / 12, (1 / 2 + 1 / 2 + 2 / 3) / 3])
+    by_turn = table(folder, "by_turn_chain")
+    assert [float(by_turn[EMILIE][f"turn {n}"]) for n in (1, 2)] == pytest.approx([1, 2 / 3])
+    assert [float(by_turn[IP2P][f"turn {n}"]) for n in (1, 2)] == pytest.approx([1, 5 / 6])
+
+
+def test_one_wrong_picture_spoils_the_chain_and_one_error_ends_it(copy, monkeypatch):
+    monkeypatch.setattr("emilie_min.bench.report.curves", no_curves)
+    wrong, ended = (copy / "edits" / method / "1" / "0001" for method in (EMILIE, IP2P))
+    shutil.copy(wrong / "0.png", wrong / "1.png")
+    (ended / "2.json").unlink()
+    (ended / "1.json").write_text(json.dumps({"seconds": 1.0, "notes": {}, "error": "out of memory"}))
+    report(read_run(copy), grids=0)
+    rows = {(e["method"], e["turn"]): e for e in edits(copy) if (e["seed"], e["item"]) == ("1", "0001")}
+    assert [(rows[EMILIE, n]["correct"], rows[EMILIE, n]["chain"]) for n in "12"] == [("0", "0"), ("1", "0")]
+    assert [(rows[IP2P, n]["state"], rows[IP2P, n]["correct"]) for n in "12"] == [("failed", "0")] * 2
+
+
+def test_pictures_that_grow_brighter_by_3_levels_a_turn(folder):
+    row, steady = (table(folder, "pictures")[m] for m in (IP2P, EMILIE))
+    assert float(row["PSNR outside, dB ↑"]) == pytest.approx(20 * math.log10(255 / 3), abs=1e-3)
+    assert float(row["L1 to first, grey levels ↓"]) == pytest.approx(((3 + 6 + 3) / 3 + 4.5 + 4.5) / 3, abs=1e-4)
+    assert float(steady["PSNR outside, dB ↑"]) == metrics.PSNR_CAP and float(steady["L1 to first, grey levels ↓"]) == 0
+    drift = table(folder, "drift_psnr_first")[IP2P]
+    assert float(drift["turn 2"]) == pytest.approx(20 * math.log10(255 / 6), abs=1e-3)
+
+
+def test_intervals_are_those_of_all_resamplings(folder):
+    """Three items have 27 resamplings, which can be listed; the values are read from metrics.csv."""
+    rows = table(folder, "correctness")
+    for name in ("correct", "edited", "kept"):
+        for method in SETTINGS:
+            of = {}
+            for e in edits(folder):
+                if e["method"] == method and e[name]:
+                    of.setdefault(e["item"], []).append(float(e[name]))
+            means = [np.mean(values) for values in of.values()]
+            low, high = listed([np.mean(draw) for draw in itertools.product(means, repeat=3)])
+            row = rows[method]
+            assert float(row[f"{name} ↑"]) == pytest.approx(np.mean(means), abs=1e-4)
+            assert float(row[f"{name} ↑ low"]) == pytest.approx(low, abs=0.02)
+            assert float(row[f"{name} ↑ high"]) == pytest.approx(high, abs=0.02)
+
+
+def test_wins_ties_and_losses(folder):
+    rows = list(csv.DictReader(io.StringIO((folder / "report" / "pairwise.csv").read_text())))
+    of = {(row["against"], row["metric"].rstrip(" ↑↓")): row for row in rows}
+    correct = of[IP2P, "correct"]  # by item: 1/4, 0 and -1/2
+    assert [float(correct[k]) for k in ("difference", "difference low", "difference high")] == pytest.approx(
+        [-1 / 12, -1 / 2, 1 / 4], abs=1e-4
+    )
+    assert correct["emilie:"] == "ties" and of[IP2P, "L1 to first, grey levels"]["emilie:"] == "wins"
+    assert float(of[IP2P, "L1 to first, grey levels"]["difference high"]) == pytest.approx(-4, abs=1e-4)
+    assert of[GATE, "correct"]["emilie:"] == "wins"
+    said = (folder / "report" / "report.md").read_text()
+    assert "Against emilie:gate=eq8, emilie wins on correct, edited, kept" in said
+    assert "ties on whole chain correct, correct, edited" in said
+
+
+def test_only_what_is_best_beyond_doubt_is_bold(folder):
+    lines = (folder / "report" / "report.md").read_text().splitlines()
+    pixels, right = (
+        next(i for i, line in enumerate(lines) if line == f"**{t}**") for t in ("Pixels", "Right or wrong")
+    )
+    assert lines[pixels + 4].startswith("| emilie | **85.9 [") and "**" not in lines[pixels + 5]
+    assert not any("**" in line for line in lines[right + 2 : right + 7])
+
+
+def test_costs_and_ablations(folder):
+    seconds = [turn + 0.5 * i for i in range(3) for turn in (1, 2)] * 2
+    assert float(table(folder, "costs")[EMILIE]["seconds per edit, median [quartiles]"]) == np.median(seconds)
+    assert table(folder, "costs")[IP2P]["edits"] == "11"
+    ablation = table(folder, "ablation_emilie_gate")
+    assert {m: row["gate"] for m, row in ablation.items()} == {EMILIE: "anchor", GATE: "eq8"}
+    assert float(ablation[GATE]["correct ↑"]) == 0 and float(ablation[EMILIE]["correct ↑"]) == pytest.approx(
+        5 / 6, abs=1e-4
+    )
+
+
+# ---- the page
+
+
+class Page(HTMLParser):
+    """What a page refers to, and the elements that it has."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [
+            v for k, v in attributes if k in ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
+        ]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_needs_no_other_file(folder):
+    text = (folder / "report" / "report.html").read_text()
+    page = Page(text)
+    assert not re.search(r"https?:|@import", text) and not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "img" in page.tags and "svg" in page.tags
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+    assert not re.search(r"url\((?!#)", text)
+
+
+def test_what_files_say_is_escaped(folder):
+    text, markdown = ((folder / "report" / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert NASTY in Page(text).text and "&lt;script&gt;alert(" in text
+    assert "<" not in markdown.replace("<br>", "")
+    weird = Table("t", "a|b", ("x",), [("<b>|`",), (Value(0.5, 0.25, 1.0),)])
+    assert weird.markdown() == "**a\\|b**\n\n| x |\n| ---: |\n| &lt;b&gt;\\|\\` |\n| 0.50 [0.25, 1.00] |\n"
+    assert weird.csv() == "x,x low,x high\n<b>|`,,\n0.5,0.25,1\n"
+
+
+def test_a_run_that_is_not_finished_says_so_first(folder, copy, monkeypatch):
+    for kind in ("html", "md"):
+        text = (folder / "report" / f"report.{kind}").read_text()
+        assert 0 < text.index("not finished: 1 of 36 edits") < text.index("What was run")
+    at = copy / "edits" / slug(GATE) / "1" / "0003"
+    shutil.copy(at / "1.png", at / "2.png")
+    shutil.copy(at / "1.json", at / "2.json")
+    monkeypatch.setattr("emilie_min.bench.report.curves", no_curves)
+    report(read_run(copy), grids=0)
+    assert "not finished" not in (copy / "report" / "report.html").read_text()
+
+
+def test_failed_and_missing_edits_are_named(folder):
+    page = Page((folder / "report" / "report.html").read_text())
+    assert "the sampled latent is not finite" in page.text and "1 failed or came after a failure" in page.text
+    counts = table(folder, "methods")
+    assert {m: (r["done"], r["failed"], r["missing"]) for m, r in counts.items()} == {
+        EMILIE: ("12", "0", "0"),
+        IP2P: ("11", "1", "0"),
+        GATE: ("11", "0", "1"),
+    }
+    assert "CLIP was not asked for" in page.text
+
+
+# ---- what was measured is kept
+
+
+def test_a_second_report_measures_nothing_and_is_the_same(folder, tmp_path, monkeypatch):
+    calls = counting(monkeypatch)
+    report(read_run(folder), tmp_path / "again")
+    assert not calls
+    first, second = ({p.name: p.read_bytes() for p in at.iterdir()} for at in (folder / "report", tmp_path / "again"))
+    assert first == second
+
+
+def test_only_what_is_new_is_measured(copy, monkeypatch):
+    calls = counting(monkeypatch)
+    at = copy / "edits" / slug(GATE) / "1" / "0003"
+    Image.new("RGB", (64, 64), "red").save(at / "2.png")
+    (at / "2.json").write_text((at / "1.json").read_text())
+    with open(copy / "metrics.jsonl", "a") as f:
+        f.write('{"key": "cut o')  # a report was killed
+    monkeypatch.setattr("emilie_min.bench.report.curves", no_curves)
+    report(read_run(copy), grids=0)
+    report(read_run(copy), grids=0)
+    assert len(calls) == 1
+    Image.new("RGB", (64, 64), "blue").save(at / "1.png")
+    report(read_run(copy), grids=0)
+    assert len(calls) == 3  # the turn, and the one that follows it
+    report(read_run(copy), grids=0)
+    assert len(calls) == 3
+
+
+def test_scorers_are_loaded_once_and_only_if_need_be(copy, monkeypatch):
+    loaded = []
+
+    class Clip:
+        def __init__(self, model, device):
+            loaded.append((model, device))
+
+        def clip_score(self, image, instruction):
+            return 0.25
+
+        def image_similarity(self, before, after):
+            return 0.5
+
+        def direction_similarity(self, before, after, caption_before, caption_after):
+            assert caption_before != caption_after and "circle" in caption_before
+            return 0.75
+
+    monkeypatch.setattr(metrics, "ClipScorer", Clip)
+    monkeypatch.setattr("emilie_min.bench.report.curves", no_curves)
+    for _ in range(2):
+        report(read_run(copy), clip="a/model", grids=0)
+        assert loaded == [("a/model", "cpu")]
+    row = table(copy, "scores")[EMILIE]
+    assert [float(row[f"{name} ↑"]) for name in ("CLIP score", "CLIP direction", "CLIP image")] == [0.25, 0.75, 0.5]
+    with pytest.raises(BenchError, match="give a CLIP model too"):
+        report(read_run(copy), blip="a/model")
+
+
+def test_evenly():
+    assert evenly(list(range(10)), 3) == [0, 3, 6] and evenly([1, 2], 5) == [1, 2] and evenly([1, 2, 3], 1) == [1]
+
+
+# ---- the study
+
+
+def stripped(text):
+    return re.sub(r"data:image/\w+;base64,[A-Za-z0-9+/=]+", "", text)
+
+
+def content(page):
+    return json.loads(re.search(r'id="content">(.*?)</script>', page.read_text(), re.DOTALL)[1])
+
+
+def decoded(uri):
+    return Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+
+
+@pytest.fixture
+def keyed(folder, tmp_path):
+    """A study of all three methods: (page, key)."""
+    page, key, said = study(read_run(folder), tmp_path / "study")
+    assert said == "3 items, 3 methods"
+    return page, key
+
+
+def test_the_page_does_not_tell_the_methods(keyed):
+    page, key = keyed
+    text = stripped(page.read_text()).lower()
+    for word in ("emilie", "ip2p", "gate", "eq8", "truncate", "anchor"):
+        assert word not in text
+    assert not re.search(r"https?:|@import", text) and '"0001"' not in text
+    secret = json.loads(key.read_text())
+    assert secret["methods"] == list(SETTINGS) and key.name not in text
+
+
+def test_the_key_tells_which_picture_is_whose(keyed):
+    page, key = keyed
+    secret, chains = json.loads(key.read_text()), content(page)["chains"]
+    assert content(page)["page"] == secret["page"] and len(chains) == 3
+    worlds = list(scenes())
+    for chain in chains:
+        about = secret["chains"][chain["key"]]
+        item = int(about["item"]) - 1
+        assert decoded(chain["input"]).tobytes() == world.render(worlds[item][0]).tobytes()
+        assert sorted(about["results"].values()) == sorted(SETTINGS)
+        for result in chain["results"]:
+            for turn, uri in enumerate(result["pictures"], 1):
+                want = picture(about["results"][result["key"]], item, turn, worlds[item])
+                assert decoded(uri).tobytes() == want.tobytes() and not decoded(uri).info
+        assert [bool(turn["where"]) for turn in chain["turns"]] == [item != 2] * 2
+    texts = [turn["text"] for chain in chains for turn in chain["turns"]]
+    assert sorted(texts) == sorted(["make the circle blue"] * 3 + ["make the square green"] * 2 + [NASTY])
+
+
+def test_the_order_in_the_page_tells_nothing(folder, tmp_path):
+    """Results stand in the order of keys that are drawn anew for every page."""
+    orders = set()
+    for i in range(8):
+        page, key, _ = study(read_run(folder), tmp_path / str(i), chains=1)
+        names = json.loads(key.read_text())["chains"]
+        for chain in content(page)["chains"]:
+            assert chain["results"] == sorted(chain["results"], key=lambda result: result["key"])
+            orders.add(tuple(names[chain["key"]]["results"][result["key"]] for result in chain["results"]))
+    assert len(orders) > 1
+
+
+def test_items_without_all_pictures_are_left_out(copy, tmp_path):
+    info = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(info | {"seeds": [1]}))
+    page, key, said = study(read_run(copy), tmp_path / "study")
+    assert said == "1 items, 3 methods; 2 items lack a picture"
+    assert [about["item"] for about in json.loads(key.read_text())["chains"].values()] == ["0002"]
+
+
+def test_studies_that_cannot_be(folder, keyed, tmp_path):
+    run = read_run(folder)
+    for options, says in (
+        ({"methods": [EMILIE, "nothing"]}, "has no method 'nothing'"),
+        ({"methods": [EMILIE, EMILIE]}, "two methods or more"),
+        ({"chains": 0}, "one chain or more"),
+    ):
+        with pytest.raises(BenchError, match=says):
+            study(run, tmp_path / "other", **options)
+    before = keyed[1].read_bytes()
+    with pytest.raises(BenchError, match="is there already"):
+        study(run, keyed[0].parent)
+    assert keyed[1].read_bytes() == before
+
+
+# ---- the tally
+
+
+def answers(key, path, rater, picks, **more):
+    """A file as the page downloads it; picks: {item: methods}."""
+    secret = json.loads(key.read_text())
+    choices = []
+    for chain, about in secret["chains"].items():
+        if about["item"] in picks:
+            names = {method: name for name, method in about["results"].items()}
+            choices.append(
+                {"chain": chain, "chosen": [names[m] for m in picks[about["item"]]], "shown": list(names.values())}
+            )
+    path.write_text(json.dumps({"page": secret["page"], "rater": rater, "choices": choices} | more))
+    return path
+
+
+def split(result):
+    return {row[0]: row[1].mean for row in result.rows}
+
+
+def test_votes_are_split(keyed, tmp_path):
+    _, key = keyed
+    ann = answers(key, tmp_path / "a", "Ann", {"0001": [EMILIE], "0002": [EMILIE, IP2P], "0003": []})
+    bob = answers(key, tmp_path / "b", "Bob", {"0001": [EMILIE], "0002": list(SETTINGS)})
+    result = tally(key, [ann, bob])
+    assert split(result) == pytest.approx({EMILIE: 50, IP2P: 10, GATE: 0, NO_DIFFERENCE: 40})
+    assert {row[0]: row[2:] for row in result.rows} == {
+        EMILIE: (2, 1),
+        IP2P: (0, 1),
+        GATE: (0, 0),
+        NO_DIFFERENCE: (2, 0),
+    }
+    assert "5 votes of 2 raters on 3 of 3 chains" in result.note
+    # EMILIE's votes by chain: 2 of 2, 0.5 of 2, 0 of 1; the 27 resamplings of chains
+    sums, counts = (np.array(list(itertools.product(v, repeat=3))).sum(1) for v in ((2, 0.5, 0), (2, 2, 1)))
+    low, high = listed(100 * sums / counts)
+    assert (result.rows[0][1].low, result.rows[0][1].high) == pytest.approx((low, high), abs=1)
+
+
+def test_an_interval_where_all_agree(keyed, tmp_path):
+    _, key = keyed
+    path = answers(key, tmp_path / "a", "Ann", {item: [EMILIE] for item in ("0001", "0002", "0003")})
+    rows = {row[0]: row[1] for row in tally(key, [path]).rows}
+    assert rows[EMILIE].mean == 100 and rows[EMILIE].high == 100
+    assert rows[EMILIE].low == pytest.approx(100 / (1 + 1.96**2 / 3)) and rows[GATE].high == pytest.approx(
+        100 - rows[EMILIE].low
+    )
+
+
+def test_answers_that_are_refused(keyed, folder, tmp_path):
+    _, key = keyed
+    good = answers(key, tmp_path / "good", "Ann", {"0001": [EMILIE]})
+    given = json.loads(good.read_text())
+    [choice] = given["choices"]
+    other = next(chain for chain in json.loads(key.read_text())["chains"] if chain != choice["chain"])
+
+    def refused(says, paths=None, **more):
+        path = tmp_path / "bad"
+        path.write_text(json.dumps(given | more))
+        with pytest.raises(BenchError, match=says) as error:
+            tally(key, paths or [path])
+        assert "\n" not in str(error.value)
+
+    refused("answers another page", page="0" * 64)
+    refused("both of rater 'Ann'", [good, good])
+    refused("answers twice", choices=[choice, choice])
+    refused("answers twice", choices=[choice | {"chosen": choice["chosen"] * 2}])
+    refused("a chain that the page does not have", choices=[choice | {"chain": "made up"}])
+    refused("chooses a result that chain", choices=[choice | {"chain": other}])
+    refused("no file of answers", choices=[{"chain": choice["chain"]}])
+    refused("no file of answers", choices=[choice | {"chosen": [["x"]]}])
+    refused("no file of answers", choices=None)
+    refused("no file of answers", rater=3)
+    refused("no choice yet", choices=[])
+    (tmp_path / "junk").write_bytes(b"\xff\x00")
+    refused("cannot be read", [tmp_path / "junk"])
+    refused("cannot be read", [tmp_path / "none"])
+    with pytest.raises(BenchError, match="is not the key"):
+        tally(good, [good])
+    with pytest.raises(BenchError, match="no answers"):
+        tally(key, [])
+
+
+# ---- in a browser
+
+BROWSER, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
+OPTIONS = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+OPTIONS += " disable-component-update disable-sync"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Chromium without a window; what it downloads goes into `browser.downloads`."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium to try the pages in a browser")
+    if not Path(BROWSER).exists() or not Path(DRIVER).exists():
+        pytest.skip("apt-get install chromium chromium-driver to try the pages in a browser")
+    from selenium.webdriver.chrome.service import Service
+
+    folder = tmp_path_factory.mktemp("browser")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for option in (*OPTIONS.split(), f"user-data-dir={folder / 'profile'}", "window-size=1200,1000"):
+        options.add_argument(f"--{option}")
+    options.add_experimental_option("prefs", {"download.default_directory": str(folder / "downloads")})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.downloads = folder / "downloads"
+    yield driver
+    driver.quit()
+
+
+def opened(browser, path):
+    browser.get_log("browser")
+    browser.get(path.as_uri())
+    assert not browser.execute_script(
+        "return performance.getEntriesByType('resource').filter(e => !/^data:/.test(e.name))"
+    )
+
+
+def find(browser, selector):
+    return browser.find_elements("css selector", selector)
+
+
+def click(browser, selector):
+    [element] = find(browser, selector)
+    element.click()
+
+
+def downloaded(browser, button):
+    """The file that a button downloads."""
+    before = set(browser.downloads.glob("*"))
+    click(browser, button)
+    until = time.time() + 20
+    while time.time() < until:
+        new = [path for path in set(browser.downloads.glob("*")) - before if path.suffix == ".json"]
+        if new:
+            return new[0]
+        time.sleep(0.05)
+    raise AssertionError("nothing was downloaded")
+
+
+def begin(browser, page, rater):
+    opened(browser, page)
+    find(browser, "#rater")[0].send_keys(rater)
+    click(browser, "#begin")
+
+
+def choose(browser, key, item_to_method):
+    """Click on the result that a method made of the item that is shown; the item."""
+    secret = json.loads(key.read_text())["chains"]
+    shown = {card.get_attribute("data-key"): card for card in find(browser, ".result")}
+    [about] = [about for about in secret.values() if about["results"].keys() == shown.keys()]
+    for name, method in about["results"].items():
+        if method == item_to_method.get(about["item"]):
+            shown[name].click()
+    return about["item"]
+
+
+def test_the_report_in_a_browser(folder, browser):
+    opened(browser, folder / "report" / "report.html")
+    assert browser.get_log("browser") == []
+    assert "3 ways to edit" in browser.title and len(find(browser, "section")) == 8
+    broken = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).length"
+    assert browser.execute_script(broken) == 0 and len(find(browser, "img")) > 20
+    [drift] = [s for s in find(browser, "svg") if "PSNR to first, dB" in s.text]
+    assert "emilie:gate=eq8" in drift.text and drift.size["width"] > 300
+    wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert browser.execute_script(wide) <= 0
+
+
+def test_a_study_in_a_browser(keyed, browser):
+    page, key = keyed
+    begin(browser, page, "Ann O'Neill")
+    wanted = {"0001": EMILIE, "0002": IP2P, "0003": GATE}
+    seen = []
+    for _ in range(3):
+        assert find(browser, "#progress")[0].text == f"{len(seen) + 1} of 3"
+        assert not find(browser, "#next")[0].is_enabled()
+        seen.append(choose(browser, key, wanted))
+        click(browser, "#next")
+    assert sorted(seen) == sorted(wanted) and "3 of 3 answered" in find(browser, "#done")[0].text
+    click(browser, "#back")
+    [chosen] = [card for card in find(browser, ".result") if card.get_attribute("aria-pressed") == "true"]
+    chosen.click()  # takes it back
+    assert not find(browser, "#next")[0].is_enabled()
+    changed = {"0001": IP2P, "0002": EMILIE, "0003": IP2P}[seen[2]]
+    choose(browser, key, {seen[2]: changed})
+    click(browser, "#next")
+    file = downloaded(browser, "#download")
+    assert file.name.startswith("answers_Ann_O_Neill_") and json.loads(file.read_text())["rater"] == "Ann O'Neill"
+    final = wanted | {seen[2]: changed}
+    expected = {m: 100 * list(final.values()).count(m) / 3 for m in SETTINGS}
+    assert split(tally(key, [file])) == pytest.approx(expected | {NO_DIFFERENCE: 0})
+    assert browser.get_log("browser") == []
+
+
+def test_ties_every_turn_and_keys_in_a_browser(keyed, browser):
+    from selenium.webdriver.common.keys import Keys
+
+    page, key = keyed
+    begin(browser, page, "Bob")
+
+    def press(*keys):
+        for k in keys:
+            browser.switch_to.active_element.send_keys(k)
+
+    assert len(find(browser, ".result img")) == 3
+    click(browser, "#unfold")
+    assert len(find(browser, ".result img")) == 6
+    click(browser, "#unfold")
+    press("a", "c", Keys.ARROW_RIGHT, "0", Keys.ARROW_RIGHT, "b", Keys.ARROW_LEFT)
+    assert find(browser, "#progress")[0].text == "2 of 3"
+    assert find(browser, "#none")[0].get_attribute("aria-pressed") == "true"
+    given = json.loads(downloaded(browser, "#so-far").read_text())
+    assert [len(choice["chosen"]) for choice in given["choices"]] == [2, 0, 1]
+    first, _, third = given["choices"]
+    assert first["chosen"] == [first["shown"][0], first["shown"][2]] and third["chosen"] == [third["shown"][1]]
+
+
+def test_a_rater_goes_on_after_a_reload_and_another_sees_another_order(folder, browser, tmp_path, monkeypatch):
+    names = iter(hashlib.sha256(str(i).encode()).hexdigest()[:12] for i in range(100))
+    monkeypatch.setattr("emilie_min.bench.study.secrets.token_hex", lambda n: next(names))
+    page, key, _ = study(read_run(folder), tmp_path / "study", seed=7)
+
+    def shown():
+        return [card.get_attribute("data-key") for card in find(browser, ".result")]
+
+    begin(browser, page, "Ann")
+    click(browser, "#none")
+    click(browser, "#next")
+    second = shown()
+    begin(browser, page, "Ann")
+    assert find(browser, "#progress")[0].text == "2 of 3" and shown() == second
+    orders = set()
+    for rater in ("Bob", "Cleo", "Dan", "Eve"):
+        begin(browser, page, rater)
+        assert find(browser, "#progress")[0].text == "1 of 3" and not find(browser, "#next")[0].is_enabled()
+        orders.add(tuple(shown()))
+    assert len(orders) > 1
