@@ -268,6 +268,9 @@ def test_further_methods_and_seeds_join_a_run_but_other_settings_do_not(bench, t
     done = run(bench, ["concat"], out, [2], "random", steps=1)
     assert list(done.info["methods"]) == ["ip2p", "concat"] and done.info["seeds"] == [0, 2]
     assert state(done) == (12, 0)  # each has run on its own seed only
+    assert list(read_run(out, ["concat", "ip2p"]).info["methods"]) == ["concat", "ip2p"]
+    with pytest.raises(BenchError, match="no method 'emilie', but: ip2p, concat"):
+        read_run(out, ["emilie"])
     with pytest.raises(BenchError, match="ip2p with other settings"):
         run(bench, ["ip2p"], out, [0], "random", steps=2)
     with pytest.raises(BenchError, match="other weights"):

@@ -54,6 +54,8 @@ def add_commands(bench: argparse.ArgumentParser, add_model_options: Callable) ->
     report = command("report", run_report, "Write tables, figures and pictures of a run: report.html, .md and .csv.")
     report.add_argument("run_folder", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/report")
+    report.add_argument("--methods", metavar="A,B,...",
+                        help="which; the others are compared with the first (default: all)")  # fmt: skip
     report.add_argument("--clip", metavar="MODEL", help="also CLIP scores, by a hub's model name or a folder")
     report.add_argument("--blip", metavar="MODEL", help="also BLIP scores, likewise; needs --clip for its texts")
     report.add_argument("--lpips", action="store_true", help="also LPIPS; its package must be installed")
@@ -130,7 +132,7 @@ def which_shard(text: str | None, environ: dict) -> tuple[int, int]:
 def run_report(args: argparse.Namespace) -> None:
     from . import report, run
 
-    done = run.read_run(args.run_folder)
+    done = run.read_run(args.run_folder, names(args.methods) if args.methods else None)
     page = report.report(
         done, args.out, args.clip, args.blip, args.lpips, grids=args.grids, device=args.device or "cpu"
     )

@@ -71,8 +71,8 @@ class Run:
         )
 
 
-def read_run(path: str | Path) -> Run:
-    """A run's folder and the benchmark that it ran over. Raises BenchError."""
+def read_run(path: str | Path, methods: list[str] | None = None) -> Run:
+    """A run's folder and the benchmark that it ran over; methods: only these, in this order. Raises BenchError."""
     path = Path(path)
     try:
         info = json.loads((path / "run.json").read_text())
@@ -81,6 +81,11 @@ def read_run(path: str | Path) -> Run:
     items = data.read(info["bench"])
     if _sha256(Path(info["bench"]) / "bench.jsonl") != info["bench_sha256"]:
         raise BenchError(f"{info['bench']} is not what {path} was run over: bench.jsonl has changed since")
+    if methods:
+        unknown = [method for method in methods if method not in info["methods"]]
+        if unknown:
+            raise BenchError(f"{path} has no method {unknown[0]!r}, but: {', '.join(info['methods'])}")
+        info["methods"] = {method: info["methods"][method] for method in methods}
     return Run(path, info, items)
 
 
