@@ -91,6 +91,12 @@ def parser() -> Parser:
     edit.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the pictures")
     add_model_options(edit)
 
+    page = command("studio", run_studio, "Edit on a page in the browser: paint where, say what, undo, branch, save.")
+    page.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this computer only)")
+    page.add_argument("--port", type=int, default=7860, help="default: 7860; 0 takes any free one")
+    page.add_argument("--open", action="store_true", help="open the browser too")
+    add_model_options(page)
+
     info = command("info", run_info, "Tell what a weight file is: families, dtype, size, which model it fits.")
     info.add_argument("file", type=Path)
     info.add_argument("--sha256", action="store_true", help="also hash the file and say whether it is the released one")
@@ -239,6 +245,13 @@ def run_edit(args: argparse.Namespace) -> None:
         print(f"wrote {path} and {session}")
     name = f"{name}_{canvas.at}" if going_on else name
     print(f"wrote {save_picture(strip(cells), folder / f'{name}_strip.png')}")
+
+
+def run_studio(args: argparse.Namespace) -> None:
+    from .studio import listen, studio
+
+    listen(args.host, args.port).close()  # a missing gradio or a taken port is told before weights are loaded
+    studio(load_editor(args), args.host, args.port, args.open)
 
 
 def need_small_world(editor) -> None:

@@ -1,0 +1,89 @@
+// What the studio's page does in the browser: the board to paint on, clicks in the tree of edits, and what an edit sends.
+const studio = {
+  // The picture's element: tools, and a canvas of the picture's own size over it, opaque where to edit.
+  board(element) {
+    const canvas = () => element.querySelector('canvas');
+    const clear = () => { if (canvas()) { canvas().width = canvas().width; delete canvas().dataset.touched; } };
+    let size = 14, last = null, before = null, made = '';  // size of the brush in percent of the longer side
+    element.dataset.using = 'brush';
+
+    const place = e => {
+      const box = e.target.getBoundingClientRect();
+      return [(e.clientX - box.left) * e.target.width / box.width, (e.clientY - box.top) * e.target.height / box.height];
+    };
+    const draw = e => {
+      const pen = e.target.getContext('2d'), [x, y] = place(e), tool = element.dataset.using;
+      e.target.dataset.touched = 1;
+      pen.globalCompositeOperation = tool == 'erase' ? 'destination-out' : 'source-over';
+      pen.strokeStyle = pen.fillStyle = 'rgb(255, 0, 120)';
+      if (tool == 'box') {
+        const [x0, y0, x1, y1] = [...last, x, y].map(Math.round);
+        pen.putImageData(before, 0, 0);
+        pen.fillRect(x0, y0, x1 - x0, y1 - y0);
+      } else {
+        pen.lineCap = 'round';
+        pen.lineWidth = size / 100 * Math.max(e.target.width, e.target.height);
+        pen.beginPath();
+        pen.moveTo(...last);
+        pen.lineTo(x, y);
+        pen.stroke();
+        last = [x, y];
+      }
+    };
+    element.addEventListener('pointerdown', e => {
+      if (e.target.tagName != 'CANVAS' || e.button) return;
+      e.target.setPointerCapture(e.pointerId);
+      last = place(e);
+      before = e.target.getContext('2d').getImageData(0, 0, e.target.width, e.target.height);
+      draw(e);
+    });
+    element.addEventListener('pointermove', e => { if (last && e.target.tagName == 'CANVAS') draw(e); });
+    for (const end of ['pointerup', 'pointercancel']) element.addEventListener(end, () => { last = null; });
+    element.addEventListener('input', e => { size = e.target.value; });
+
+    const file = () => document.querySelector('#open').parentNode.querySelector('input[type=file]');
+    element.addEventListener('click', e => {
+      const tool = e.target.dataset.tool;
+      if (tool == 'clear') clear(); else if (tool) element.dataset.using = tool;
+      if (e.target.className == 'empty') file().click();
+    });
+    element.addEventListener('dragover', e => e.preventDefault());
+    element.addEventListener('drop', e => {
+      e.preventDefault();
+      file().files = e.dataTransfer.files;
+      file().dispatchEvent(new Event('change', {bubbles: true}));
+    });
+
+    new MutationObserver(() => {  // a new picture: no paint on it but the mask of an edit that was undone
+      const {made: now, paint} = element.querySelector('.board')?.dataset || {};
+      if (!now || now == made) return;
+      made = now;
+      clear();
+      if (!paint) return;
+      const mask = new Image();
+      mask.onload = () => { canvas().getContext('2d').drawImage(mask, 0, 0); canvas().dataset.touched = 1; };
+      mask.src = paint;
+    }).observe(element, {subtree: true, childList: true, attributeFilter: ['data-made']});
+  },
+
+  // The tree's element: a click on a state goes there; the current one is kept in view.
+  tree(element, trigger) {
+    element.addEventListener('click', e => {
+      const state = e.target.closest('[data-state]');
+      if (state) trigger('select', {state: state.dataset.state});
+    });
+    new MutationObserver(() => {
+      const all = element.querySelector('.tree'), here = element.querySelector('.here');
+      if (here) all.scrollLeft = here.offsetLeft - all.clientWidth / 2;
+    }).observe(element, {subtree: true, childList: true, attributeFilter: ['class']});
+    window.addEventListener('beforeunload', e => {  // ask before edits are lost
+      if (element.querySelectorAll('[data-state]').length > 1) e.preventDefault();
+    });
+  },
+
+  // An edit's inputs, with the paint put in as a PNG, or '' where the board was not touched.
+  inputs(text, _, ...settings) {
+    const canvas = document.querySelector('#picture canvas');
+    return [text, canvas?.dataset.touched ? canvas.toDataURL() : '', ...settings];
+  },
+};
