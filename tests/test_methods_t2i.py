@@ -376,8 +376,8 @@ def test_plug_and_play_inverts_through_all_timesteps_unless_told_otherwise(edito
         return eps
 
     monkeypatch.setattr(Work, "eps", nothing)
-    assert PlugAndPlay(editor).edit(chain, request()).notes["unet_passes"] == 981 + 820 + 50
-    assert PlugAndPlay(editor, inversion_steps=50).edit(chain, request()).notes["unet_passes"] == 50 + 41 + 50
+    assert PlugAndPlay(editor, steps=50).edit(chain, request()).notes["unet_passes"] == 981 + 820 + 50
+    assert PlugAndPlay(editor, steps=50, inversion_steps=50).edit(chain, request()).notes["unet_passes"] == 50 + 41 + 50
 
 
 # ---- Blended Latent Diffusion
@@ -404,7 +404,7 @@ def test_blended_latent_diffusion_step_by_step(editor, chain, eps, alphas):
 def test_blended_latent_diffusion_runs_38_of_50_steps(editor, chain, monkeypatch):
     levels = []
     monkeypatch.setattr(Work, "eps", lambda *_: lambda z, t: levels.append(t) or 0 * z)
-    BlendedLatentDiffusion(editor).edit(chain, request())
+    BlendedLatentDiffusion(editor, steps=50).edit(chain, request())
     assert levels == list(range(741, 0, -20)) and len(levels) == 38
 
 
@@ -548,7 +548,7 @@ def test_settings_out_of_range_are_refused_before_any_edit(editor, method, setti
 
 
 def test_defaults_are_the_config_s(editor):
-    assert BlendedLatentDiffusion(editor).steps == 50 and BlendedLatentDiffusion(editor).guidance == 3.0
+    assert BlendedLatentDiffusion(editor).steps == 25 and BlendedLatentDiffusion(editor).guidance == 3.0
     assert PlugAndPlay(editor).guidance == 10.0 and PlugAndPlay(editor, guidance=None).guidance == 3.0
     assert PlugAndPlay(editor).inversion_steps == 999
 
