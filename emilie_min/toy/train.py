@@ -20,7 +20,8 @@ noise, where the edit is decided, is drawn more often than low noise, where it o
 The weights that ship took 2 hours on two shared cores (AVX-512 with bfloat16): 72,000 pictures in half an hour for the
 autoencoder (`--bf16`, 4500 batches of 16), 305,000 edits in an hour and a half for the rest (`--bf16`, 2 processes of
 16, 8719 batches without `--adds`, then 821 with `--adds 0.5 --ema 0.998 --lr 2.5e-3 --steps 10200`: edits that add had
-chosen a free place at random until then). In float32 a step of the UNet took 11% longer.
+chosen a free place at random until then). In float32 a step of the UNet took 11% longer. The text-to-image model took
+another 75 minutes beside other work (`caption --bf16 --batch 16 --steps 7000`, 2 processes).
 """
 
 import argparse

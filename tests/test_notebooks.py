@@ -1,0 +1,79 @@
+"""The notebooks: they run from top to bottom, and what is committed is small, complete and in one form."""
+
+import ast
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+ANSWER = re.compile(r"<details>\s*<summary>[^<]*</summary>(.*?)</details>", re.S)
+CODE = re.compile(r"```python\n(.*?)```", re.S)
+ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|work|usr|opt|Users|mnt|var)/|[A-Z]:\\\\")
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells(path, kind):
+    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def test_there_are_notebooks():
+    assert len(NOTEBOOKS) >= 4
+
+
+@each
+def test_is_small_and_in_one_form(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text) < 1_000_000
+    assert not ABSOLUTE.search(text)
+    notebook = json.loads(text)
+    assert notebook["nbformat"] == 4 and notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert not any("execution" in cell["metadata"] for cell in notebook["cells"])  # when it was run
+
+
+@each
+def test_outputs_are_kept_and_clean(path):
+    code = cells(path, "code")
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))  # run in order, from fresh
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+
+
+@each
+def test_one_variable_chooses_the_weights(path):
+    assert re.search(r"^WEIGHTS = None\b", source(cells(path, "code")[0]), re.M)
+
+
+@each
+def test_answers_are_folded_and_compile(path):
+    text = "\n".join(source(cell) for cell in cells(path, "markdown"))
+    assert text.count("<details>") == text.count("</details>") == len(ANSWER.findall(text)) >= 2
+    for answer in ANSWER.findall(text):
+        for block in CODE.findall(answer):
+            ast.parse(block)
+
+
+@each
+def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    for name in ("nbclient", "nbformat", "ipykernel", "matplotlib"):
+        pytest.importorskip(name, reason=f"notebooks need {name}: pip install 'emilie_min[notebooks]'")
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    copy = shutil.copy(path, tmp_path)
+    notebook = nbformat.read(copy, as_version=4)
+    NotebookClient(
+        notebook, timeout=180, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()  # raises CellExecutionError
+    errors = [o for cell in notebook.cells for o in cell.get("outputs", []) if o.get("name") == "stderr"]
+    assert not errors, errors
