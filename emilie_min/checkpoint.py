@@ -10,16 +10,14 @@ import mmap
 import os
 import struct
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError
+from .writing import write_bytes
 
 RAW, EMA, VAE, TEXT = "model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model.transformer."
 
@@ -384,24 +382,3 @@ def write(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]
     from safetensors.torch import save
 
     write_bytes(save(tensors, metadata), path)
-
-
-def write_bytes(data: bytes, path: str | Path) -> None:
-    """A file, whole or not at all. Raises OSError and leaves nothing behind."""
-    with replacing(path) as f:
-        f.write(data)
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write that takes `path`'s place when the block ends, and leaves no trace if the block raises."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from .bench.cli import add_commands
 from .config import GATES, ITERATES, RESCALES
 from .errors import CanvasError, EmilieError, InstructionError, MaskError
+from .writing import replacing
 
 
 class Parser(argparse.ArgumentParser):
@@ -343,12 +344,10 @@ def unused_name(folder: Path, stem: str, numbers: range | None = None) -> str:
 
 def save_picture(image, path: Path) -> Path:
     """A PNG, whole or not at all."""
-    partial = path.with_name(f".{os.getpid()}.partial")
     try:
-        image.save(partial, format="PNG")
-        os.replace(partial, path)
+        with replacing(path) as f:
+            image.save(f, format="PNG")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise EmilieError(f"cannot write {path}: {error.strerror or error}") from error
     return path
 

@@ -10,6 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
+from . import writing
 from .config import TOKENIZER_FILES, Config, load_config
 from .errors import CheckpointError, EmilieError, TokenizerError
 
@@ -160,7 +161,7 @@ def convert(
     reader = checkpoint.Reader(source, entries)
     try:
         _need(target.parent, 8 + len(head) + offset)
-        with checkpoint.replacing(target) as f:
+        with writing.replacing(target) as f:
             f.write(len(head).to_bytes(8, "little") + head)
             for _, key in pairs:
                 tensor = reader.get(key, "cpu", getattr(torch, dtype))

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint import load, parameters, same, without
 
-from emilie_min import checkpoint, files
+from emilie_min import checkpoint, files, writing
 from emilie_min.checkpoint import EMA, RAW
 from emilie_min.errors import CheckpointError, ConfigError, TokenizerError
 
@@ -187,7 +187,7 @@ def test_convert_into_a_folder_that_may_not_be_written(small_safetensors, tmp_pa
     def denied(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(checkpoint, "replacing", denied)
+    monkeypatch.setattr(writing, "replacing", denied)
     message = refused(files.convert, small_safetensors, tmp_path / "a.safetensors", config=SMALL)
     assert "may not write there" in message
 

@@ -3,7 +3,6 @@
 import base64
 import csv
 import io
-import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL import Image
 
 from ..errors import BenchError
 from ..strip import enlarge, outlined
+from ..writing import write_bytes
 from .data import Item
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -178,9 +178,4 @@ def render(template: str, **values) -> str:
 
 def save(path: Path, text: str) -> None:
     """A text file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", newline="")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_bytes(text.encode(), path)

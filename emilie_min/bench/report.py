@@ -25,7 +25,7 @@ from ..toy import judge
 from . import metrics
 from .data import Item
 from .metrics import METRICS, Interval, Metric
-from .page import Table, Value, data_uri, evenly, open_picture, plain, render, save, to_csv, working_mask
+from .page import SMALL, Table, Value, data_uri, evenly, open_picture, plain, render, save, to_csv, working_mask
 from .run import Outcome, Run
 
 CHAIN = Metric("whole chain correct", "share", "higher", "every picture of the chain is right, from first to last")
@@ -609,7 +609,7 @@ def grid(results: Results, item: Item, methods: list[str]) -> Grid:
 def _picture(path: Path, about: str, mask: Path | None = None, right: bool | None = None) -> Picture:
     image = open_picture(path)
     uri = data_uri(image, open_picture(mask).convert("L") if mask else None, WIDE)
-    return Picture(uri, about, right, max(image.size) <= 128)
+    return Picture(uri, about, right, max(image.size) <= SMALL)
 
 
 # ---- figures

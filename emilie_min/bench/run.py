@@ -17,13 +17,14 @@ import platform
 import re
 import shutil
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from PIL import Image
 
 from ..errors import BenchError, EmilieError
+from ..writing import replacing, write_bytes
 from . import data
 
 
@@ -54,6 +55,13 @@ class Run:
     def folder(self, method: str, seed: int, item: str) -> Path:
         return self.path / "edits" / slug(method) / str(seed) / item
 
+    def only(self, methods: list[str] | None) -> "Run":
+        """The run as if it were of these methods alone, in this order; None = all. Raises BenchError."""
+        known = self.info["methods"]
+        if unknown := [method for method in methods or () if method not in known]:
+            raise BenchError(f"{self.path} has no method {unknown[0]!r}, but: {', '.join(known)}")
+        return replace(self, info=self.info | {"methods": {method: known[method] for method in methods or known}})
+
     def outcome(self, method: str, seed: int, item: str, turn: int) -> Outcome | None:
         """Of turn 1, 2, ...; None where it has not been run."""
         folder = self.folder(method, seed, item)
@@ -81,12 +89,7 @@ def read_run(path: str | Path, methods: list[str] | None = None) -> Run:
     items = data.read(info["bench"])
     if _sha256(Path(info["bench"]) / "bench.jsonl") != info["bench_sha256"]:
         raise BenchError(f"{info['bench']} is not what {path} was run over: bench.jsonl has changed since")
-    if methods:
-        unknown = [method for method in methods if method not in info["methods"]]
-        if unknown:
-            raise BenchError(f"{path} has no method {unknown[0]!r}, but: {', '.join(info['methods'])}")
-        info["methods"] = {method: info["methods"][method] for method in methods}
-    return Run(path, info, items)
+    return Run(path, info, items).only(methods)
 
 
 def state(run: Run) -> tuple[int, int]:
@@ -173,8 +176,6 @@ def _load(needed: list[str], weights: dict, device, dtype, tokenizer) -> tuple[d
 
 def _record(out: Path, info: dict) -> None:
     """Write run.json, or add methods and seeds to the one that is there if all else agrees."""
-    from ..checkpoint import write_bytes
-
     path, versions = out / "run.json", info["versions"]
     out.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -218,7 +219,7 @@ def _work(run: Run, methods: dict, chains: list[tuple[int, data.Item]]) -> None:
 def _chain(run: Run, spec: str, method, seed: int, item: data.Item, bar) -> int:
     """All turns of a chain that are not on disk yet. The number of turns that are finished."""
     from .. import images
-    from ..checkpoint import write, write_bytes
+    from ..checkpoint import write
     from ..emilie import memory_told
     from ..methods import Request
 
@@ -275,8 +276,6 @@ def _chain(run: Run, spec: str, method, seed: int, item: data.Item, bar) -> int:
 
 def _resume(chain, folder: Path, turn: int, requests: tuple):
     """The chain as it stood after a turn that is on disk."""
-    from dataclasses import replace
-
     from safetensors.torch import load_file
 
     latent = folder / f"{turn}.safetensors"
@@ -291,8 +290,6 @@ def _resume(chain, folder: Path, turn: int, requests: tuple):
 
 
 def _save_image(image: Image.Image, path: Path) -> None:
-    from ..checkpoint import replacing
-
     with replacing(path) as f:
         image.save(f, format="PNG")
 

@@ -30,9 +30,7 @@ def study(
     """
     out = Path(out)
     page, key = out / "study.html", out / "study_key.json"
-    methods = list(run.info["methods"]) if methods is None else list(dict.fromkeys(methods))
-    if unknown := [method for method in methods if method not in run.info["methods"]]:
-        raise BenchError(f"{run.path} has no method {unknown[0]!r}, but: {', '.join(run.info['methods'])}")
+    methods = list(run.only(methods).info["methods"])
     if len(methods) < 2:
         raise BenchError("a preference needs two methods or more")
     if chains is not None and chains < 1:

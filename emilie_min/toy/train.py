@@ -37,15 +37,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .. import checkpoint
 from ..config import load_config
 from ..sampling import alphas_cumprod
 from ..text import TextEncoder
 from ..unet import UNetModel
 from ..vae import AutoencoderKL
+from ..writing import replacing
 from . import world
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
@@ -102,9 +103,8 @@ class Run:
         if RANK:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        torch.save({"step": self.step, **{name: part.state_dict() for name, part in self.parts.items()}}, partial)
-        os.replace(partial, self.path)
+        with replacing(self.path) as f:
+            torch.save({"step": self.step, **{name: part.state_dict() for name, part in self.parts.items()}}, f)
 
 
 def average(tensors: list[Tensor]) -> None:
@@ -286,9 +286,7 @@ def export(args, config) -> None:
         old = next(p for p in prefixes if key.startswith(p))
         out[prefixes[old] + key.removeprefix(old)] = value
     out = {key: value.to(torch.float16).contiguous() for key, value in out.items() if value.is_floating_point()}
-    partial = args.out.with_suffix(".partial")
-    save_file(out, partial, metadata={"family": "EMA", "config": args.config, "steps": str(edit["step"])})
-    os.replace(partial, args.out)
+    checkpoint.write(out, args.out, {"family": "EMA", "config": args.config, "steps": str(edit["step"])})
     print(f"{args.out}: {len(out)} tensors, {args.out.stat().st_size / 1e6:.1f} MB, after {edit['step']} steps")
 
 
