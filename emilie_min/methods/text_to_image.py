@@ -19,6 +19,14 @@ from .base import Chain, Method, Request
 PROMPTS = ("caption", "instruction")
 
 
+def predict(editor: Editor, context: Tensor, guidance: float, z: Tensor, t: int) -> Tensor:
+    """eps of latents (B, 4, h, w) at level t, as `Work.eps` says; context: (B, 77, D), or that of "" and then it."""
+    branches = len(context) // len(z)
+    t = torch.full((len(context),), t, device=z.device)
+    eps = editor.unet(z.to(editor.dtype).repeat(branches, 1, 1, 1), t, context).float().chunk(branches)
+    return eps[0] + guidance * (eps[1] - eps[0]) if branches == 2 else eps[0]
+
+
 @dataclass
 class Work:
     """One edit while it is made. Latents are in diffusion scale, float32, on the editor's device."""
@@ -45,10 +53,7 @@ class Work:
 
         def eps(z: Tensor, t: int) -> Tensor:
             self.passes += 1
-            z = z.to(editor.dtype).expand(len(context), -1, -1, -1)
-            t = torch.full((len(context),), t, device=z.device)
-            branches = editor.unet(z, t, context).float().chunk(len(context))
-            return branches[0] + guidance * (branches[1] - branches[0]) if guided else branches[0]
+            return predict(editor, context, guidance, z, t)
 
         return eps
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from .. import images
@@ -22,6 +21,7 @@ from ..config import GATES, RESCALES
 from ..emilie import Canvas, Editor, random_latent
 from ..errors import SamplingError
 from ..methods import ddim
+from ..methods.text_to_image import predict
 from . import world
 from .judge import judge, psnr, read
 
@@ -200,21 +200,14 @@ def captions(editor: Editor, scenes: int, batch: int = 16) -> dict:
     uncond = editor.context([""])
     for first in tqdm(range(FIRST, FIRST + scenes, batch), desc="captions"):
         truths = [world.chain(seed, 2)[1][-1][1] for seed in range(first, min(first + batch, FIRST + scenes))]
-        context = torch.cat([editor.context([world.caption(s) for s in truths]), uncond.expand(len(truths), -1, -1)])
+        context = torch.cat([uncond.expand(len(truths), -1, -1), editor.context([world.caption(s) for s in truths])])
 
-        eps = partial(guided, editor, context)
+        eps = partial(predict, editor, context.to(editor.dtype), defaults.text_scale)
         noise = random_latent((len(truths), editor.config.model.params.channels, side, side), first)()
         for x, truth in zip(editor.decode(ddim.sample(eps, noise.to(editor.device), levels, alphas)), truths):
             shown = read(images.to_image(x[None])).scene
             right.append(shown == replace(truth, objects=shown.objects) and named(shown) == named(truth))
     return {"scenes": scenes, "steps": defaults.steps, "all as the caption says": share(right)}
-
-
-def guided(editor: Editor, context: Tensor, z: Tensor, t: int) -> Tensor:
-    """Classifier-free guidance; context: of the captions, then as often of ""."""
-    z = z.repeat(2, 1, 1, 1).to(editor.dtype)
-    cond, uncond = editor.unet(z, torch.full((len(z),), t, device=z.device), context).float().chunk(2)
-    return uncond + editor.config.sampling.text_scale * (cond - uncond)
 
 
 def named(scene: world.Scene) -> set[tuple[str, str, str]]:
