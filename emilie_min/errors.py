@@ -38,4 +38,7 @@ class SamplingError(EmilieError):
 
 
 class BenchError(EmilieError):
-    """A benchmark folder, a run of one, or a method's name that cannot be used as asked."""
+    """A benchmark folder, a run of one, or a method's name that cannot be used as asked.
+
+    Of a folder with several faults it names each on a line of its own.
+    """

@@ -16,7 +16,7 @@ from emilie_min import cli
 from emilie_min.bench import data
 from emilie_min.bench.cli import which_shard
 from emilie_min.bench.run import read_run, run, slug, state
-from emilie_min.errors import BenchError, CheckpointError
+from emilie_min.errors import BenchError, CheckpointError, SamplingError
 from emilie_min.methods import METHODS, Request, parse
 from emilie_min.toy import world
 
@@ -150,9 +150,23 @@ def test_a_text_that_is_too_long_is_cut_and_told(editor, picture):
 
 
 def test_a_model_of_captions_is_refused(picture):
-    method = METHODS["ip2p"](emilie.load("random", "toy-t2i", device="cpu"), steps=1)
     with pytest.raises(CheckpointError, match="4 channels"):
+        method = METHODS["ip2p"](emilie.load("random", "toy-t2i", device="cpu"), steps=1)
         method.edit(method.open(picture, 0), Request("make it night"))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("emilie", {"gate": "foo"}, "unknown gate 'foo'"),
+        ("emilie", {"steps": 0}, "steps must be a whole number from 1 to 1000"),
+        ("ip2p", {"pixels": "foo"}, "pixels must be truncate, round or float"),
+        ("concat", {"text_scale": float("nan")}, "text_scale must be a finite number"),
+    ],
+)
+def test_settings_that_no_edit_can_use_are_told_before_the_first_edit(name, settings, message, editor):
+    with pytest.raises(SamplingError, match=message):
+        METHODS[name](editor, **settings)
 
 
 # ---- names

@@ -3,7 +3,7 @@
 All draw the same noise from a chain's seed, so that what differs between their results is the method.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ class Emilie(Method):
     steps: int | None = None
     text_scale: float | None = None
     image_scale: float | None = None
+
+    def __post_init__(self):
+        settle(self)
 
     def edit(self, chain: Chain, request: Request) -> Chain:
         canvas = self.editor.open(chain.original, seed=chain.seed)
@@ -70,9 +73,10 @@ class IterativeInstructPix2Pix(Method):
     text_scale: float | None = None
     image_scale: float | None = None
 
+    def __post_init__(self):
+        settle(self)
+
     def edit(self, chain: Chain, request: Request) -> Chain:
-        if self.pixels not in ("truncate", "round", "float"):
-            raise SamplingError(f"pixels must be truncate, round or float, not {self.pixels!r}")
         if self.pixels == "float" and chain.latent is not None:
             with torch.no_grad():
                 picture = self.editor.decode(chain.latent).to(self.editor.dtype)
@@ -97,9 +101,25 @@ class Concatenated(Method):
     text_scale: float | None = None
     image_scale: float | None = None
 
+    def __post_init__(self):
+        settle(self)
+
     def edit(self, chain: Chain, request: Request) -> Chain:
         text = self.separator.join(past.instruction for past in (*chain.requests, request))
         return follow(self, chain, request, self.editor.encode(self.open(chain.original, chain.seed).image), text)
+
+
+def settle(method: Method) -> dict:
+    """A method's settings with the config's in the place of None, checked before the first edit of a long run.
+
+    Raises SamplingError for what no edit can use, CheckpointError for weights that cannot edit.
+    """
+    method.editor.check_can_edit()
+    if getattr(method, "pixels", "round") not in ("truncate", "round", "float"):
+        raise SamplingError(f"pixels must be truncate, round or float, not {method.pixels!r}")
+    given = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "editor"}
+    given = {k: getattr(method.editor.config.sampling, k) if v is None else v for k, v in given.items()}
+    return checked({"gate": "anchor", "rescale": "paper", "iterate": "image", "seed": 0} | given)
 
 
 @torch.no_grad()
@@ -107,11 +127,8 @@ def follow(
     method: IterativeInstructPix2Pix | Concatenated, chain: Chain, request: Request, z_img: Tensor, text: str
 ) -> Chain:
     """One unmasked InstructPix2Pix edit from an image latent (1, 4, h, w), unscaled."""
-    editor, defaults = method.editor, method.editor.config.sampling
-    editor.check_can_edit()
-    names = ("steps", "text_scale", "image_scale")
-    settings = {name: getattr(defaults if getattr(method, name) is None else method, name) for name in names}
-    settings = checked(settings | {"seed": chain.seed, "gate": "anchor", "rescale": "none", "iterate": "image"})
+    editor = method.editor
+    settings = settle(method)
     tokens = editor.text.tokenize([text, ""], truncate=True)
     end = editor.text.config.text_config.eos_token_id
     cond, uncond = editor.text(tokens.to(editor.device)).split(1)
