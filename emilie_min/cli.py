@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 from .bench.cli import add_commands
-from .config import GATES, ITERATES, RESCALES
+from .config import GATES, ITERATES, RESCALES, SAMPLERS
 from .errors import CanvasError, EmilieError, InstructionError, MaskError
 from .writing import replacing
 
@@ -63,6 +63,7 @@ def parser() -> Parser:
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the pictures (out/demo)")
     demo.add_argument("--seed", type=int, default=0, help="another scene, other instructions (default: 0)")
     add_model_options(demo)
+    add_path_options(demo)
 
     edit = command("edit", run_edit, "Edit a picture by one instruction after another, each anywhere or in a mask.")
     edit.add_argument("input", metavar="IMAGE", help="the picture; may be left out with a --canvas that exists")
@@ -83,6 +84,11 @@ def parser() -> Parser:
     edit.add_argument("--rescale", choices=RESCALES, default="paper", help="how the factor f is found (default: paper)")
     edit.add_argument("--iterate", choices=ITERATES, default="latent", help="what the next edit starts from")
     edit.add_argument("--steps", type=count, help="sampling steps; more is slower and finer")
+    edit.add_argument("--sampler", choices=SAMPLERS, default="euler_ancestral", help="dpmpp_2m*: for few steps")
+    edit.add_argument(
+        "--guidance-interval", type=interval, metavar="LOW,HIGH", help="guide only between these noise levels (sigmas)"
+    )
+    edit.add_argument("--reuse", type=count, default=1, metavar="N", help="run the deep layers at every N-th step only")
     edit.add_argument("--text-scale", type=scale, help="how strongly to follow the instruction")
     edit.add_argument("--image-scale", type=scale, help="how closely to stay with the picture")
     edit.add_argument("--resolution", type=resolution, help='longer side to work at, in px, or "native"')
@@ -91,12 +97,14 @@ def parser() -> Parser:
     edit.add_argument("--canvas", type=Path, metavar="FILE", help="keep the session here; goes on with one that exists")
     edit.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the pictures")
     add_model_options(edit)
+    add_path_options(edit)
 
     page = command("studio", run_studio, "Edit on a page in the browser: paint where, say what, undo, branch, save.")
     page.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this computer only)")
     page.add_argument("--port", type=int, default=7860, help="default: 7860; 0 takes any free one")
     page.add_argument("--open", action="store_true", help="open the browser too")
     add_model_options(page)
+    add_path_options(page)
 
     info = command("info", run_info, "Tell what a weight file is: families, dtype, size, which model it fits.")
     info.add_argument("file", type=Path)
@@ -118,6 +126,7 @@ def parser() -> Parser:
     evaluate.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     evaluate.add_argument("--quick", action="store_true", help="autoencoder and single edits only")
     add_model_options(evaluate)
+    add_path_options(evaluate)
 
     help = "Compare methods: benchmark folders, runs, reports, the preference study."
     add_commands(commands.add_parser("bench", help=help, description=help), add_model_options)
@@ -134,6 +143,11 @@ def add_model_options(sub: Parser) -> None:
     )
 
 
+def add_path_options(sub: Parser) -> None:
+    sub.add_argument("--compile", action="store_true", help="faster, the same result; a GPU compiles minutes, once")
+    sub.add_argument("--low-memory", action="store_true", help="slower, the same result; for a GPU of 4 GB, or without")
+
+
 def resolution(text: str) -> int | str:
     return text if text == "native" else int(text)
 
@@ -142,6 +156,16 @@ def count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1000:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 1000, not {text}")
     return int(text)
+
+
+def interval(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not 0 <= low < high:
+        raise argparse.ArgumentTypeError(f"must be two noise levels LOW,HIGH with 0 <= LOW < HIGH, not {text}")
+    return low, high
 
 
 def scale(text: str) -> float:
@@ -153,7 +177,7 @@ def scale(text: str) -> float:
 def load_editor(args: argparse.Namespace):
     from .loading import load
 
-    editor = load(args.weights, args.config, args.device, args.dtype, args.tokenizer)
+    editor = load(args.weights, args.config, args.device, args.dtype, args.tokenizer, args.compile, args.low_memory)
     print(f"{editor.model}: {editor.report.family} weights, {editor.dtype}, {editor.device}".replace("torch.", ""))
     return editor
 
@@ -236,6 +260,9 @@ def run_edit(args: argparse.Namespace) -> None:
             soft=args.soft,
             rescale=args.rescale,
             iterate=args.iterate,
+            sampler=args.sampler,
+            guidance_interval=args.guidance_interval,
+            reuse=args.reuse,
             keep_background=args.keep_background and all(mask is not None for _, mask in regions),
             seed=args.seed if going_on else None,
         )

@@ -18,6 +18,7 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt")  # CLIP's
 GATES = ("anchor", "eq8", "guidance")  # what a mask does: see `Editor.sample`
 RESCALES = ("paper", "signed", "exact", "none")  # how f is found: see `Canvas.image_latent`
 ITERATES = ("latent", "image")  # what the next edit starts from
+SAMPLERS = ("euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde")  # see `sampling.SAMPLERS`
 
 
 @dataclass

@@ -7,6 +7,7 @@ the other: z_img = f z. For the first edit z_img is simply E(I).
 """
 
 import hashlib
+import math
 import operator
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from . import images, sampling
 from .checkpoint import Report
-from .config import GATES, ITERATES, RESCALES, Config
+from .config import GATES, ITERATES, RESCALES, SAMPLERS, Config
 from .errors import CanvasError, CheckpointError, EmilieError, InstructionError, MaskError, SamplingError
+from .less import DeepCache
 
 Mask = images.Picture | images.Box
 
@@ -99,28 +101,39 @@ class Editor:
         text_scale: float | Tensor,
         image_scale: float | Tensor,
         weights: Tensor | Sequence[float] = (1.0,),
+        unet: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Guided denoised latent: the three branches of InstructPix2Pix (Brooks et al. 2023, Eq. 3) as one batch.
 
         x: (B, 4, h, w) at noise level sigma (scalar or (B,)); z_img: (B or 1, 4, h, w), unscaled; cond, uncond:
         (B or 1, 77, D), of the instruction and of "" -> (B, 4, h, w) float32. For n instructions in one pass: their
-        conds one after another, (n or nB, 77, D), and n weights that sum to 1, numbers or maps; n + 2 branches.
+        conds one after another, (n or nB, 77, D), and n weights that sum to 1, numbers or maps; n + 2 branches, n
+        without guidance, which is with both scales 1. unet: what to call in the place of `self.unet`.
         """
-        b, n = x.shape[0], len(weights)
+        b, n, unet = x.shape[0], len(weights), unet or self.unet
+        k = n if sampling.branches(n, text_scale, image_scale) == n else n + 2
         x, z_img = x.float(), z_img.float().expand(b, -1, -1, -1)
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu").expand(b)
         t = sampling.sigma_to_t(sigma, self.log_sigmas).float().to(x.device)
         sigma = sigma.float().to(x.device)[:, None, None, None]
 
         z_t = x / (sigma**2 + 1).sqrt()
-        z_null = torch.zeros_like(z_img)
-        stacked = torch.cat([torch.cat([z_t, z], dim=1) for z in [z_img] * (n + 1) + [z_null]])  # ((n + 2)B, 8, h, w)
-        context = torch.cat([c.expand(b, -1, -1) for c in (*cond.chunk(n), uncond, uncond)])
-        eps = self.unet(stacked.to(self.dtype), t.repeat(n + 2), context.to(self.dtype)).float()
-        denoised = sampling.to_denoised(eps, x.repeat(n + 2, 1, 1, 1), sigma.repeat(n + 2, 1, 1, 1))
-        *conds, img_cond, uncond = denoised.chunk(n + 2)
-        cond = sum(w * c for w, c in zip(weights, conds))  # energies add: cond - img_cond is sum of w (c - img_cond)
-        return sampling.guide(cond, img_cond, uncond, text_scale, image_scale)
+        pictures = [*[z_img] * (n + 1), torch.zeros_like(z_img)][:k]  # the last branch sees neither
+        stacked = torch.cat([torch.cat([z_t, z], dim=1) for z in pictures])  # (kB, 8, h, w)
+        context = torch.cat([c.expand(b, -1, -1) for c in (*cond.chunk(n), uncond, uncond)[:k]])
+        eps = unet(stacked.to(self.dtype), t.repeat(k), context.to(self.dtype)).float()
+        denoised = sampling.to_denoised(eps, x.repeat(k, 1, 1, 1), sigma.repeat(k, 1, 1, 1)).chunk(k)
+        return sampling.combine(denoised, weights, text_scale, image_scale)
+
+    def denoiser(
+        self, sigmas: Tensor, z_img: Tensor, cond: Tensor, uncond: Tensor, weights: Tensor, reuse: int = 1
+    ) -> Callable[..., Tensor]:
+        """`denoise` for one edit, (x, sigma, text_scale, image_scale) -> denoised; `fast` prepares the edit here.
+
+        sigmas: (n + 1,), the noise levels to come; reuse: see `less.DeepCache`; the others as for `denoise`.
+        """
+        unet = DeepCache(self.unet, reuse) if reuse > 1 else self.unet
+        return lambda x, sigma, *scales: self.denoise(x, sigma, z_img, cond, uncond, *scales, weights, unet)
 
     @torch.no_grad()
     def sample(
@@ -138,6 +151,9 @@ class Editor:
         image_scale: float = 1.5,
         weights: Tensor | Sequence[float] = (1.0,),
         callback: Callable[[dict], None] | None = None,
+        sampler: str = "euler_ancestral",
+        guidance_interval: tuple[float, float] | None = None,
+        reuse: int = 1,
     ) -> Tensor:
         """One edit: from unit noise to a diffusion-scale latent (B, 4, h, w) float32, gated by a mask (Eq. 8).
 
@@ -145,24 +161,28 @@ class Editor:
         mask: (B or 1, 1, h, w) in [0, 1]; gate: "anchor" leads back to `source` outside the mask (diffusion scale,
         default scale_factor * z_img), "eq8" sets eps to zero there, "guidance" gates the instruction's term alone.
         Several instructions, each in a region: cond and weights as for `denoise`, and the mask is the regions' union;
-        `sampling.partition` gives both.
+        `sampling.partition` gives both. What trades quality for time, off by default: sampler, one of
+        `sampling.SAMPLERS`; guidance_interval, (low, high) noise levels between which to guide, without guidance only
+        the instruction's branch is left (Kynkäänniemi et al. 2024); reuse, see `less.DeepCache`.
         """
         if gate not in GATES:
             raise SamplingError(f"unknown gate {gate!r}: choose from {', '.join(GATES)}")
         source = self.scale_factor * z_img if source is None else source
         weights = torch.as_tensor(weights)
         z_img, source, cond, uncond, weights = (y.to(self.device) for y in (z_img, source, cond, uncond, weights))
-        gated = {}
+        gated, unguided = {}, 1.0
         if mask is not None:
             mask = mask.to(self.device, torch.float32)
             if gate == "guidance":
-                text_scale = mask * text_scale
+                text_scale, unguided = mask * text_scale, mask
             elif gate == "eq8":
                 gated = {"mask": mask}
             else:
                 gated = {"mask": mask, "source": source.float()}
-        return sampling.sample_euler_ancestral(
-            lambda x, sigma: self.denoise(x, sigma, z_img, cond, uncond, text_scale, image_scale, weights),
+        low, high = guidance_interval or (0.0, math.inf)
+        denoise = self.denoiser(sigmas, z_img, cond, uncond, weights, reuse)
+        return sampling.SAMPLERS[sampler](
+            lambda x, s: denoise(x, s, *((text_scale, image_scale) if low <= s <= high else (unguided, 1.0))),
             noise_init.to(self.device, torch.float32) * sigmas[0].item(),
             sigmas,
             lambda sigma, sigma_next: noise_sampler(sigma, sigma_next).to(self.device),
@@ -265,6 +285,9 @@ class Canvas:
         keep_background: bool = False,
         seed: int | None = None,
         allow_empty: bool = False,
+        sampler: str = "euler_ancestral",
+        guidance_interval: tuple[float, float] | None = None,
+        reuse: int = 1,
         callback: Callable[[dict], None] | None = None,
     ) -> Image.Image:
         """Follow an instruction, inside a mask if there is one, and make the result the current state.
@@ -276,7 +299,8 @@ class Canvas:
         "image" encodes the current picture instead (what Fig. 2 compares against). keep_background: outside the
         masks keep the current picture's pixels to the bit. seed: of the noise added between steps, default the
         canvas's; two edits at the same depth of a canvas draw the same noise. allow_empty: permit the instruction "",
-        to study drift. callback: see `sampling.sample_euler_ancestral`. An edit that fails changes nothing.
+        to study drift. sampler, guidance_interval, reuse: faster by doing less, see `Editor.sample`.
+        callback: see `sampling.sample_euler_ancestral`. An edit that fails changes nothing.
         Raises EmilieError.
         """
         editor, parent, defaults = self.editor, self.state, self.editor.config.sampling
@@ -290,6 +314,9 @@ class Canvas:
             "iterate": iterate,
             "keep_background": bool(keep_background),
             "seed": self.seed if seed is None else seed,
+            "sampler": sampler,
+            "guidance_interval": guidance_interval,
+            "reuse": reuse,
         }
         settings = checked(settings)
         texts, masks = as_regions(instruction, mask, allow_empty)
@@ -315,6 +342,9 @@ class Canvas:
                 image_scale=settings["image_scale"],
                 weights=weights,
                 callback=callback,
+                sampler=sampler,
+                guidance_interval=settings["guidance_interval"],
+                reuse=settings["reuse"],
             ).cpu()
             if keep_background:  # whatever the gate: the next edit starts from what is seen
                 latent = torch.where(cells == 0, parent.latent, latent)
@@ -442,12 +472,21 @@ def whole(value, name: str) -> int:
 
 def checked(settings: dict) -> dict:
     """An edit's settings as plain Python values. Raises SamplingError for what no edit can use."""
-    for key, allowed in (("gate", GATES), ("rescale", RESCALES), ("iterate", ITERATES)):
+    settings = {"sampler": "euler_ancestral", "guidance_interval": None, "reuse": 1} | settings
+    for key, allowed in (("gate", GATES), ("rescale", RESCALES), ("iterate", ITERATES), ("sampler", SAMPLERS)):
         if settings[key] not in allowed:
             raise SamplingError(f"unknown {key} {settings[key]!r}: choose from {', '.join(allowed)}")
-    settings |= {key: whole(settings[key], key) for key in ("steps", "seed")}
-    if not 1 <= settings["steps"] <= 1000:
-        raise SamplingError(f"steps must be a whole number from 1 to 1000, not {settings['steps']}")
+    settings |= {key: whole(settings[key], key) for key in ("steps", "seed", "reuse")}
+    for key in ("steps", "reuse"):
+        if not 1 <= settings[key] <= 1000:
+            raise SamplingError(f"{key} must be a whole number from 1 to 1000, not {settings[key]}")
+    if settings["guidance_interval"] is not None:
+        try:
+            low, high = settings["guidance_interval"] = tuple(float(level) for level in settings["guidance_interval"])
+        except (TypeError, ValueError):
+            low = high = math.nan
+        if not 0 <= low < high:
+            raise SamplingError("guidance_interval is two noise levels, (low, high) with 0 <= low < high, or None")
     for key in ("text_scale", "image_scale"):
         try:
             settings[key] = float(settings[key])

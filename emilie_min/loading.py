@@ -20,12 +20,15 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     tokenizer: str | Path | None = None,
+    compile: bool = False,
+    low_memory: bool = False,
 ) -> "Editor":
     """Networks from a file, ready to edit.
 
     weights: None = the small model that ships, a .ckpt or .safetensors path, or "random"; config: one of
     `config.BUILT_IN`, a YAML path, or None = told by the file's tensors; device, dtype: None = CUDA in float16 if there
-    is one, else CPU in float32; tokenizer: a folder with CLIP's vocab.json and merges.txt.
+    is one, else CPU in float32; tokenizer: a folder with CLIP's vocab.json and merges.txt; compile: the fast path,
+    the same results to rounding, see `fast`; low_memory: the lean path, slower, see `lean`.
     Raises CheckpointError, ConfigError.
     """
     if tokenizer and not all((Path(tokenizer) / name).is_file() for name in TOKENIZER_FILES):
@@ -37,6 +40,11 @@ def load(
         if dtype not in ("float32", "float16", "bfloat16"):
             raise EmilieError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
         dtype = getattr(torch, dtype)
+    if compile and low_memory:
+        raise EmilieError("compile needs the networks where low_memory does not leave them: choose one")
+    held = (device, dtype)
+    if low_memory:
+        held = ("cpu", torch.float16 if (device.type, dtype) == ("cpu", torch.float32) else dtype)
     folders = weights_folders()
     weights = shipped("toy.safetensors") if weights is None else weights
 
@@ -58,11 +66,16 @@ def load(
         if weights == "random":
             report = checkpoint.Report("random")
             for network in networks.values():
-                network.to(device, dtype).requires_grad_(False).eval()
+                network.to(*held).requires_grad_(False).eval()
         else:
-            report = checkpoint.load(networks, weights, device, dtype, entries)
+            report = checkpoint.load(networks, weights, *held, entries)
     model = f"{name if name in BUILT_IN else Path(name).stem}/{Path(weights).name}"
-    return Editor(config, **networks, device=device, dtype=dtype, model=model, report=report)
+    kind = Editor
+    if compile:
+        from .fast import FastEditor as kind
+    elif low_memory:
+        from .lean import LeanEditor as kind
+    return kind(config, **networks, device=device, dtype=dtype, model=model, report=report)
 
 
 def build(config: Config, tokenizer_folders: tuple[str | Path, ...] = ()) -> dict[str, nn.Module]:

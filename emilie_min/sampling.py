@@ -1,10 +1,12 @@
-"""Sampling: the noise schedule, epsilon to denoised, guidance, the mask gate of Eq. 8, and the Euler ancestral loop.
+"""Sampling: the noise schedule, epsilon to denoised, guidance, the mask gate of Eq. 8, and the loops over the steps.
 
 Pure functions that never see a network. Notation is k-diffusion's (Karras et al. 2022): `x` is a latent with noise of
 standard deviation `sigma`, in diffusion scale, and a model's opinion of it is `denoised`, the latent without the noise.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,6 +58,28 @@ def guide(
     that broadcasts over the latent.
     """
     return uncond + text_scale * (cond - img_cond) + image_scale * (img_cond - uncond)
+
+
+def branches(n: int, text_scale: float | Tensor, image_scale: float | Tensor) -> int:
+    """How many of n conds, img_cond and uncond guidance needs: at image scale 1 uncond cancels out, and at text scale
+    1 too img_cond. A map of scales is not looked into."""
+    text_one, image_one = (not isinstance(scale, Tensor) and scale == 1 for scale in (text_scale, image_scale))
+    return n + 2 - image_one - (image_one and text_one)
+
+
+def combine(
+    denoised: Sequence[Tensor],
+    weights: Tensor | Sequence[float],
+    text_scale: float | Tensor,
+    image_scale: float | Tensor,
+) -> Tensor:
+    """`guide` for n conds whose `weights` sum to 1, then img_cond and uncond, which may be left out where they
+    cancel, see `branches`."""
+    n = len(weights)
+    cond = sum(w * c for w, c in zip(weights, denoised))  # energies add: cond - img_cond is sum of w (c - img_cond)
+    img_cond = denoised[n] if len(denoised) > n else cond
+    uncond = denoised[n + 1] if len(denoised) > n + 1 else img_cond
+    return guide(cond, img_cond, uncond, text_scale, image_scale)
 
 
 def partition(masks: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
@@ -112,3 +136,44 @@ def sample_euler_ancestral(
     if mask is not None and source is not None and sigmas[-1] == 0:
         x = torch.where(mask == 0, source, x)  # the same number but for rounding: now the same bits
     return x
+
+
+@torch.no_grad()
+def sample_dpmpp_2m(
+    denoise: Callable[[Tensor, float], Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    noise_sampler: Callable[[float, float], Tensor],
+    mask: Tensor | None = None,
+    source: Tensor | None = None,
+    callback: Callable[[dict], None] | None = None,
+    eta: float = 0.0,
+) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, Alg. 2) in sigma space: second order at one network call a step.
+
+    Arguments as for `sample_euler_ancestral`, for which it is a faster stand-in: a fifth of the steps. With lambda =
+    -log sigma, x moves exactly for a `denoised` that is linear in lambda, extrapolated from the last two. eta: 0 adds
+    no noise, 1 is the SDE version. The gate of Eq. 8 in this form: outside the mask `denoised` is `source`, or x.
+    """
+    sigmas, old = sigmas.tolist(), None
+    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+        denoised = denoise(x, sigma)
+        if callback:
+            callback({"i": i, "x": x, "sigma": sigma, "sigma_next": sigma_next, "denoised": denoised})
+        target, h = denoised, math.log(sigma / sigma_next) if sigma_next > 0 else math.inf
+        if old is not None and sigma_next > 0:
+            target = denoised + (denoised - old) * (h / math.log(sigmas[i - 1] / sigma) / 2)
+        if mask is not None:
+            target = torch.lerp(x if source is None else source, target, mask)
+        x = target + (x - target) * math.exp(-(1 + eta) * h)  # all the way to `target` where the noise ends
+        if sigma_next > 0 and eta > 0:
+            x = x + noise_sampler(sigma, sigma_next) * (sigma_next * (-math.expm1(-2 * eta * h)) ** 0.5)
+        old = denoised
+    return x
+
+
+SAMPLERS = {
+    "euler_ancestral": sample_euler_ancestral,
+    "dpmpp_2m": sample_dpmpp_2m,
+    "dpmpp_2m_sde": partial(sample_dpmpp_2m, eta=1.0),
+}

@@ -3,6 +3,7 @@
 All draw the same noise from a chain's seed, so that what differs between their results is the method.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -27,9 +28,17 @@ class Emilie(Method):
     steps: int | None = None
     text_scale: float | None = None
     image_scale: float | None = None
+    sampler: str = "euler_ancestral"
+    sigma_low: float = 0.0  # of the guidance interval
+    sigma_high: float = math.inf
+    reuse: int = 1
 
     def __post_init__(self):
         settle(self)
+
+    @property
+    def guidance_interval(self) -> tuple[float, float]:
+        return self.sigma_low, self.sigma_high
 
     def edit(self, chain: Chain, request: Request) -> Chain:
         canvas = self.editor.open(chain.original, seed=chain.seed)
@@ -47,6 +56,9 @@ class Emilie(Method):
             rescale=self.rescale,
             iterate=self.iterate,
             keep_background=self.keep_background and mask is not None,
+            sampler=self.sampler,
+            guidance_interval=self.guidance_interval,
+            reuse=self.reuse,
         )
         state = canvas.state
         return replace(
@@ -119,6 +131,7 @@ def settle(method: Method) -> dict:
         raise SamplingError(f"pixels must be truncate, round or float, not {method.pixels!r}")
     given = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "editor"}
     given = {k: getattr(method.editor.config.sampling, k) if v is None else v for k, v in given.items()}
+    given |= {"guidance_interval": getattr(method, "guidance_interval", None)}
     return checked({"gate": "anchor", "rescale": "paper", "iterate": "image", "seed": 0} | given)
 
 
