@@ -14,6 +14,8 @@ from pathlib import Path
 from .bench.cli import add_commands
 from .config import GATES, ITERATES, RESCALES, SAMPLERS
 from .errors import CanvasError, EmilieError, InstructionError, MaskError
+from .speed import add_options
+from .speed import run as run_speed
 from .writing import replacing
 
 
@@ -127,6 +129,9 @@ def parser() -> Parser:
     evaluate.add_argument("--quick", action="store_true", help="autoencoder and single edits only")
     add_model_options(evaluate)
     add_path_options(evaluate)
+
+    speed_help = "Time an edit, tell where the time goes and how far that is from what the machine can do."
+    add_options(command("speed", run_speed, speed_help))
 
     help = "Compare methods: benchmark folders, runs, reports, the preference study."
     add_commands(commands.add_parser("bench", help=help, description=help), add_model_options)

@@ -185,7 +185,7 @@ class Editor:
             lambda x, s: denoise(x, s, *((text_scale, image_scale) if low <= s <= high else (unguided, 1.0))),
             noise_init.to(self.device, torch.float32) * sigmas[0].item(),
             sigmas,
-            lambda sigma, sigma_next: noise_sampler(sigma, sigma_next).to(self.device),
+            lambda sigma, sigma_next: noise_sampler(sigma, sigma_next).to(self.device, non_blocking=True),
             callback=callback,
             **gated,
         )

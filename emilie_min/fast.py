@@ -45,6 +45,7 @@ class FastEditor(Editor):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
         where = os.environ["TORCHINDUCTOR_CACHE_DIR"]
         warnings.warn(f"the first edit at each size compiles for minutes, once: kept in {where}", stacklevel=2)
+        torch._dynamo.config.recompile_limit = 64  # of sizes, branches and reuse in a long session, not of one function
         self.step, self.compiled = torch.compile(self.fast, fullgraph=True, dynamic=False, **options), True
 
     @torch.no_grad()

@@ -132,6 +132,15 @@ def test_the_step_can_be_compiled_whole(plain, fast, tmp_path, monkeypatch):
         assert error(edited(editor, **settings), edited(plain, **settings)) <= SINGLE
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_on_a_gpu_the_graph_gives_what_the_plain_path_gives(dtype):
+    plain, fast = (emilie.load(device="cuda", dtype=dtype, compile=compile) for compile in (False, True))
+    for settings in ({}, {"image_scale": 1.5}, {"reuse": 2}, {}):
+        apart = error(edited(fast, **settings), edited(plain, **settings))
+        assert apart <= (1e-4 if dtype == "float32" else 2e-2)
+
+
 def test_where_it_cannot_be_compiled(fast, tmp_path, monkeypatch):
     def backend(graph, inputs):
         raise RuntimeError("no compiler\nat all")
