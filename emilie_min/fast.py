@@ -3,9 +3,10 @@
 What an edit does not change from step to step is computed once: the text's keys and values and, for all steps, the
 timesteps' embeddings, which become biases of convolutions. Branches that see the same picture are one until the text
 tells them apart, and a branch that guidance cancels out is not run. Weights lie channels last, so that a feature map
-and a list of cells are the same memory. Products add into their residuals, and the feed-forward layers work through
-rows that fit a CPU's cache. On CUDA a step is compiled and replayed as one graph, and nothing in the loop waits for the
-GPU. What each of these brought: `notebooks/speed/README.md`.
+and a list of cells are the same memory. Products add into their residuals. On a CPU the feed-forward layers work
+through rows that fit its cache, and convolutions after an upsampling leave out what they would compute on copies. On
+CUDA a step is compiled and replayed as one graph, and nothing in the loop waits for the GPU. What each of these
+brought: `notebooks/speed/README.md`.
 """
 
 import functools
@@ -23,9 +24,10 @@ from .attention import attention
 from .emilie import Editor
 from .errors import EmilieError
 from .less import DeepCache
-from .unet import ResBlock, SpatialTransformer, UNetModel, timestep_embedding
+from .unet import ResBlock, SpatialTransformer, UNetModel, Upsample, timestep_embedding
 
 CACHE = Path.home() / ".cache" / "emilie_min" / "compiled"
+FEW = 256  # cells of a batch at which a convolution's time on a CPU is its weights'
 ROWS = 1024  # of a feed-forward layer at once on a CPU: 10 MB of the widest layer's features
 
 
@@ -120,6 +122,8 @@ class FastUNet(nn.Module):
                 self.resblocks.append(layer := FastResBlock(layer, len(self.resblocks)))
             elif isinstance(layer, SpatialTransformer):
                 self.transformers.append(layer := FastTransformer(layer, len(self.transformers)))
+            elif isinstance(layer, Upsample):
+                layer = FastUpsample(layer)
             layers.append(layer)
         return layers
 
@@ -185,9 +189,30 @@ class FastResBlock(nn.Module):
         self.skip_connection = layer.skip_connection
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # (B, C, H, W), (C',) -> (B, C', H, W)
-        h = F.conv2d(F.silu(self.norm1(x), inplace=True), self.conv.weight, bias, padding=1)
-        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        h = conv3x3(F.silu(self.norm1(x), inplace=True), self.conv.weight, bias)
+        h = conv3x3(F.silu(self.norm2(h), inplace=True), self.conv2.weight, self.conv2.bias)
         return h.add_(self.skip_connection(x))
+
+
+class FastUpsample(nn.Module):
+    """`Upsample` in 4/9 of its arithmetic: of the 3x3 cells under the kernel some are copies, so their weights add."""
+
+    def __init__(self, layer: Upsample):
+        super().__init__()
+        self.conv = layer.conv
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
+        if x.device.type != "cpu":  # seen to pay on a CPU only
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        b, c, height, width = x.shape
+        out = x.new_empty(b, c, 2 * height, 2 * width).to(memory_format=torch.channels_last)
+        taps = self.conv.weight.permute(0, 2, 3, 1)  # (C, 3, 3, C), as it lies in memory
+        for i in (0, 1):  # an even row sees the cell above it and its own, an odd one its own and the one below
+            rows = torch.stack(paired(*taps.unbind(1), i), dim=1)
+            for j in (0, 1):
+                kernel = torch.stack(paired(*rows.unbind(2), j), dim=2).permute(0, 3, 1, 2)  # (C, C, 2, 2)
+                out[:, :, i::2, j::2] = F.conv2d(F.pad(x, (1 - j, j, 1 - i, i)), kernel, self.conv.bias)
+        return out
 
 
 class FastTransformer(nn.Module):
@@ -224,6 +249,22 @@ class FastTransformer(nn.Module):
             part.addmm_(y, self.down.weight.t()).add_(self.down.bias)
         x = cells(x).reshape(-1, channels).addmm_(rows, self.proj_out.weight[:, :, 0, 0].t()).add_(self.proj_out.bias)
         return x.view(*h.shape).transpose(1, 2).unflatten(2, (height, -1))
+
+
+def paired(first: Tensor, middle: Tensor, last: Tensor, odd: int) -> tuple[Tensor, Tensor]:
+    """Three weights as two, where the middle's cell is a copy of a neighbour's."""
+    return (first + middle, last) if odd else (first, middle + last)
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A convolution; on a CPU of a few cells as one product, which does not lay the weights out anew every time."""
+    b, c, height, width = x.shape
+    if x.device.type != "cpu" or b * height * width > FEW:
+        return F.conv2d(x, weight, bias, padding=1)
+    y = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)
+    under = [y[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    y = F.linear(torch.cat(under, dim=3), weight.permute(0, 2, 3, 1).flatten(1), bias)
+    return y.permute(0, 3, 1, 2)
 
 
 def cells(x: Tensor) -> Tensor:  # (B, C, H, W) channels last -> (B, HW, C), the same memory

@@ -142,15 +142,16 @@ def took(entrant: dict, part: str) -> list[float]:
 
 
 def ratio_table(runs: list[dict]) -> str:
-    """Time over emilie's in the same repeat: above 1 is slower."""
+    """Time over another's in the same repeat, below 1 is faster: ours over the others', and over the plain path's."""
     rows = []
     for run in runs:
-        for name, entrant in run["entrants"].items():
-            pairs = {part: zip(took(entrant, part), took(run["entrants"]["emilie"], part)) for part in PARTS}
+        ours = [name for name in run["entrants"] if name.startswith("emilie")]
+        others = [name for name in run["entrants"] if name not in ours]
+        for name, over in [(a, b) for b in others for a in ours] + [(name, "emilie") for name in ours[1:]]:
+            pairs = {part: zip(*(took(run["entrants"][who], part) for who in (name, over))) for part in PARTS}
             ratios = {part: [a / b for a, b in both] for part, both in pairs.items()}
-            if name != "emilie":
-                rows.append([name, str(run["batch"]), *(spread(r) if r else "" for r in ratios.values())])
-    return table("Time as a multiple of emilie's", ["", "batch", *PARTS], rows) if rows else ""
+            rows.append([f"{name} / {over}", str(run["batch"]), *(spread(r) if r else "" for r in ratios.values())])
+    return table("Time as a multiple of another's", ["", "batch", *PARTS], rows) if rows else ""
 
 
 def seconds_table(runs: list[dict], on: str) -> str:

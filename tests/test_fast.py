@@ -158,19 +158,24 @@ def lean():
     return emilie.load(device="cpu", low_memory=True)
 
 
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("settings", [{}, {"reuse": 2}, {"image_scale": 1.5, "mask": LEFT}], ids=str)
-def test_lean_edits_equal_plain_ones(plain, lean, settings):
+def test_lean_edits_equal_plain_ones(plain, lean, settings, one_by_one):
+    lean = copy.copy(lean)
+    lean.one_by_one = one_by_one
     assert error(edited(lean, **settings), edited(plain, **settings)) <= SINGLE  # the shipped file is float16
 
 
-def test_lean_holds_half_and_runs_one_branch_at_a_time(plain, lean):
-    rows = []
-    hook = lean.unet.register_forward_pre_hook(lambda _, inputs: rows.append((inputs[0].shape[0], inputs[0].dtype)))
+@pytest.mark.parametrize(("one_by_one", "rows"), [(False, [3] * 2), (True, [1] * 6)])
+def test_lean_holds_half_and_on_a_gpu_runs_one_branch_at_a_time(plain, lean, one_by_one, rows):
+    lean, seen = copy.copy(lean), []
+    lean.one_by_one = one_by_one
+    hook = lean.unet.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0].shape[0], inputs[0].dtype)))
     try:
         edited(lean, steps=2)
     finally:
         hook.remove()
-    assert rows == [(1, torch.float32)] * 6
+    assert seen == [(row, torch.float32) for row in rows]
     held = sum(p.nbytes for network in lean.networks.values() for p in network.parameters())
     assert held * 2 == sum(p.nbytes for n in (plain.unet, plain.vae, plain.text) for p in n.parameters())
 

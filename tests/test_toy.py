@@ -98,3 +98,14 @@ def test_training_never_sees_held_out_pairs_or_evaluation_scenes():
         for scene in (before, after):
             assert not any((o.colour, o.shape) in world.HELD_OUT for o in scene.objects)
     assert evaluate.FIRST + 10**6 < train.FIRST_SEED
+
+
+def test_what_doing_less_costs(monkeypatch):
+    few = {evaluate.REFERENCE: {"steps": 8}, "again": {"steps": 8}, "half": {"steps": 4}}
+    assert list(evaluate.LESS)[0] == evaluate.REFERENCE and evaluate.LESS[evaluate.REFERENCE] == {"steps": 100}
+    monkeypatch.setattr(evaluate, "LESS", few)
+    figures = evaluate.less(emilie.load(device="cpu"), 2)
+    assert figures.keys() == {"scenes", *few}
+    assert figures["again"]["grey levels"] == 0 < figures["half"]["grey levels"] < 20
+    assert figures[evaluate.REFERENCE]["time"] == 1 > figures["half"]["time"]
+    assert all(0 <= figures[way]["right"] <= 1 for way in few)
