@@ -89,7 +89,7 @@ def test_the_fast_path_lives_in_less():
         inputs = inputs or Inputs(entrant, 1, 256)
         peaks.append(measure.live_bytes(entrant, inputs, whole=False)["step"])
     plain, fast, lean = peaks
-    assert fast < plain and lean < 0.6 * plain
+    assert fast < plain and lean < 0.7 * plain  # weights in half; activations stay
 
 
 def test_ceiling_is_a_rate():
