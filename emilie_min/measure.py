@@ -309,7 +309,7 @@ def machine(entrant: Entrant) -> dict:
         "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32] if cuda else None,
         "versions": {"python": platform.python_version(), **versions},
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
-        "command": sys.argv,
+        "command": ["emilie", *sys.argv[1:]],
     }
 
 

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from statistics import median
 
+from .bench.cli import whole
 from .errors import EmilieError
 from .writing import write_bytes
 
@@ -52,12 +53,6 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--threads", type=whole, help="on the CPU (default: PyTorch's)")
     sub.add_argument("--unet-only", action="store_true", help="steps alone: whole edits take minutes on a CPU")
     sub.add_argument("--out", type=Path, metavar="DIR", help="write speed.md and speed.json here")
-
-
-def whole(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 10000, not {text}")
-    return int(text)
 
 
 def batches(text: str) -> list[int]:
@@ -114,7 +109,7 @@ def markdown(result: dict) -> str:
     parts = [
         "# emilie speed",
         f"{where}; {machine['dtype']}, {setting['resolution']} px; {versions}; {machine['date']}",
-        f"    {' '.join(['emilie', *machine['command'][1:]])}",
+        f"    {' '.join(machine['command'])}",
         *((seconds, ratios) if machine["cuda"] else (ratios, seconds)),
         flops_table(runs),
         notes,
