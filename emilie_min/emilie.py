@@ -167,6 +167,8 @@ class Editor:
         """
         if gate not in GATES:
             raise SamplingError(f"unknown gate {gate!r}: choose from {', '.join(GATES)}")
+        if sampler not in SAMPLERS:
+            raise SamplingError(f"unknown sampler {sampler!r}: choose from {', '.join(SAMPLERS)}")
         source = self.scale_factor * z_img if source is None else source
         weights = torch.as_tensor(weights)
         z_img, source, cond, uncond, weights = (y.to(self.device) for y in (z_img, source, cond, uncond, weights))

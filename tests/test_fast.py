@@ -334,6 +334,13 @@ def test_what_no_edit_can_use(plain, settings, said):
     assert len(canvas.states) == 1
 
 
+def test_a_sampler_that_is_none_where_an_editor_samples(plain):
+    z = torch.zeros(1, 4, 16, 16)
+    cond, uncond = plain.context([NIGHT, ""]).split(1)
+    with pytest.raises(SamplingError, match="unknown sampler 'euler'"):
+        plain.sample(z, cond, uncond, torch.tensor([1.0, 0.0]), z, lambda *_: z, sampler="euler")
+
+
 def test_the_config_names_the_samplers_there_are():
     from emilie_min.config import SAMPLERS
 
