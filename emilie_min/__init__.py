@@ -12,20 +12,8 @@ from importlib import import_module
 
 from .errors import EmilieError
 
-_HOME = {"load": "loading", "open_canvas": "session", "Editor": "emilie", "Canvas": "emilie"}
-_MODULES = (
-    "checkpoint",
-    "config",
-    "emilie",
-    "errors",
-    "images",
-    "loading",
-    "sampling",
-    "session",
-    "text",
-    "unet",
-    "vae",
-)
+_HOME = {"load": "loading", "open_canvas": "canvas.session", "Editor": "emilie", "Canvas": "emilie"}
+_MODULES = ("config", "emilie", "errors", "loading", "sampling", "text", "unet", "vae")
 
 __all__ = ["EmilieError", *_HOME]
 

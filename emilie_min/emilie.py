@@ -19,11 +19,12 @@ import torch
 from PIL import Image, ImageChops
 from torch import Tensor, nn
 
-from . import images, sampling
-from .checkpoint import Report
+from . import sampling
+from .canvas import images
+from .checkpoint.reading import Report
 from .config import GATES, ITERATES, RESCALES, SAMPLERS, Config
 from .errors import CanvasError, CheckpointError, EmilieError, InstructionError, MaskError, SamplingError
-from .less import DeepCache
+from .faster.deepcache import DeepCache
 
 Mask = images.Picture | images.Box
 
@@ -429,7 +430,7 @@ class Canvas:
 
     def save(self, path) -> None:
         """The whole session as one .safetensors file; `open_canvas` reads it. Raises CanvasError."""
-        from .session import save_canvas
+        from .canvas.session import save_canvas
 
         save_canvas(self, path)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import checkpoint
+from .checkpoint import reading
 from .config import BUILT_IN, TOKENIZER_FILES, Config, load_config
 from .emilie import Editor, memory_told
 from .errors import CheckpointError, EmilieError, TokenizerError
@@ -52,11 +52,11 @@ def load(
     if weights == "random":
         config = config or "toy"
     else:
-        entries = checkpoint.index(weights)
+        entries = reading.index(weights)
         if config is None:
-            config = checkpoint.fits(entries)
+            config = reading.fits(entries)
             if config is None:
-                raise CheckpointError(f"{weights} is {checkpoint.describe(entries)}")
+                raise CheckpointError(f"{weights} is {reading.describe(entries)}")
     name, config = str(config), load_config(config)
     tokenizers = ([Path(tokenizer)] if tokenizer else []) + [f / sub for f in folders for sub in ("tokenizer", ".")]
     with torch.device("cpu" if weights == "random" else "meta"), torch.random.fork_rng(devices=[]):
@@ -64,17 +64,17 @@ def load(
         networks = build(config, tuple(tokenizers))
     with memory_told("while the weights were loaded"):
         if weights == "random":
-            report = checkpoint.Report("random")
+            report = reading.Report("random")
             for network in networks.values():
                 network.to(*held).requires_grad_(False).eval()
         else:
-            report = checkpoint.load(networks, weights, *held, entries)
+            report = reading.load(networks, weights, *held, entries)
     model = f"{name if name in BUILT_IN else Path(name).stem}/{Path(weights).name}"
     kind = Editor
     if compile:
-        from .fast import FastEditor as kind
+        from .faster.fast import FastEditor as kind
     elif low_memory:
-        from .lean import LeanEditor as kind
+        from .faster.low_memory import LeanEditor as kind
     return kind(config, **networks, device=device, dtype=dtype, model=model, report=report)
 
 

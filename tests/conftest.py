@@ -1,12 +1,15 @@
 """Fixtures: the small model of the reference data: its config, stand-in weights, goldens and networks."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from pseudo import DATA, manifest, state_dict, write_ckpt
 from safetensors.torch import load_file
 
-from emilie_min import checkpoint, files
+from emilie_min.checkpoint import files, reading
 from emilie_min.config import load_config
+from emilie_min.toy import world
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
@@ -51,5 +54,12 @@ def small_ckpt(small_state, tmp_path_factory):
 def networks(small_config, small_ckpt):
     """The small model's networks, EMA weights, float32; shared by all tests, so not to be changed."""
     networks = files.meta_networks(small_config)
-    checkpoint.load(networks, small_ckpt, "cpu", torch.float32)
+    reading.load(networks, small_ckpt, "cpu", torch.float32)
     return networks
+
+
+@pytest.fixture
+def photo(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    world.render(world.scene(3)).save("photo.png")
+    return Path("photo.png")

@@ -69,3 +69,9 @@ def write_ckpt(path: Path, state: dict[str, Tensor], **more) -> Path:
         {"epoch": 3, "global_step": 22000, "pytorch-lightning_version": "1.4.2", "state_dict": state, **more}, path
     )
     return path
+
+
+def error(out, reference):
+    """||out - reference|| / ||reference||"""
+    assert out.shape == reference.shape and out.isfinite().all()
+    return ((out.double() - reference.double()).norm() / reference.double().norm()).item()

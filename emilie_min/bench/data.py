@@ -228,7 +228,7 @@ def _scene(value: object) -> world.Scene:
 
 def _open(item: Item, at: str, faults: list[str]) -> None:
     """Look at all pictures of an item as a run will."""
-    from .. import images
+    from ..canvas import images
 
     size = None
     for where, entry in [("", item), *((f"turn {i}: ", turn) for i, turn in enumerate(item.turns, 1))]:

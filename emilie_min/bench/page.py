@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..canvas.strip import enlarge, outlined
+from ..checkpoint.writing import write_bytes
 from ..errors import BenchError
-from ..strip import enlarge, outlined
-from ..writing import write_bytes
 from .data import Item
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -131,7 +131,7 @@ def working_mask(item: Item, path: Path | None, size: tuple[int, int]) -> Image.
     with Image.open(path) as mask:
         if mask.mode in ("1", "L") and mask.size == size:
             return mask.convert("L")
-    from .. import images
+    from ..canvas import images
 
     return images.read_mask(path, images.read_image(item.image).size, size)
 

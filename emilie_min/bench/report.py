@@ -257,7 +257,7 @@ def _target(path: Path | None, size: tuple[int, int]) -> Image.Image | None:
         return None
     target = open_picture(path)
     if target.size != size:
-        from .. import images
+        from ..canvas import images
 
         target = images.fit(images.read_image(path), size)
     return target

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..checkpoint.writing import replacing, write_bytes
 from ..errors import BenchError, EmilieError
-from ..writing import replacing, write_bytes
 from . import data
 
 
@@ -160,7 +160,7 @@ def run(
 
 def _load(needed: list[str], weights: dict, device, dtype, tokenizer) -> tuple[dict, dict]:
     from .. import loading
-    from ..files import hash_file
+    from ..checkpoint.files import hash_file
 
     editors, models = {}, {}
     for role in needed:
@@ -218,8 +218,8 @@ def _work(run: Run, methods: dict, chains: list[tuple[int, data.Item]]) -> None:
 
 def _chain(run: Run, spec: str, method, seed: int, item: data.Item, bar) -> int:
     """All turns of a chain that are not on disk yet. The number of turns that are finished."""
-    from .. import images
-    from ..checkpoint import write
+    from ..canvas import images
+    from ..checkpoint.reading import write
     from ..emilie import memory_told
     from ..methods import Request
 

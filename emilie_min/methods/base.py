@@ -11,7 +11,7 @@ from typing import ClassVar
 from PIL import Image
 from torch import Tensor
 
-from .. import images
+from ..canvas import images
 from ..emilie import Editor
 
 

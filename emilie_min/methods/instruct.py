@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from .. import images, sampling
+from .. import sampling
+from ..canvas import images
 from ..emilie import Editor, State, checked, random_latent
 from ..errors import SamplingError
 from .base import Chain, Method, Request

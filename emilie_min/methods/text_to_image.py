@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import images
+from ..canvas import images
 from ..emilie import Editor, memory_told, random_latent, whole
 from ..errors import CheckpointError, InstructionError, SamplingError
 from . import ddim

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .. import images
+from ..canvas import images
 from ..config import GATES, RESCALES, SAMPLERS
 from ..emilie import Canvas, Editor, random_latent
 from ..errors import SamplingError

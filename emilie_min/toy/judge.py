@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageFilter
 
-from emilie_min.toy.world import (
+from .world import (
     CELL,
     COLOURS,
     GROUNDS,

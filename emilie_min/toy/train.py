@@ -40,13 +40,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import checkpoint
+from ..checkpoint import reading
+from ..checkpoint.writing import replacing
 from ..config import load_config
 from ..sampling import alphas_cumprod
 from ..text import TextEncoder
 from ..unet import UNetModel
 from ..vae import AutoencoderKL
-from ..writing import replacing
 from . import world
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
@@ -286,7 +286,7 @@ def export(args, config) -> None:
         old = next(p for p in prefixes if key.startswith(p))
         out[prefixes[old] + key.removeprefix(old)] = value
     out = {key: value.to(torch.float16).contiguous() for key, value in out.items() if value.is_floating_point()}
-    checkpoint.write(out, args.out, {"family": "EMA", "config": args.config, "steps": str(edit["step"])})
+    reading.write(out, args.out, {"family": "EMA", "config": args.config, "steps": str(edit["step"])})
     print(f"{args.out}: {len(out)} tensors, {args.out.stat().st_size / 1e6:.1f} MB, after {edit['step']} steps")
 
 

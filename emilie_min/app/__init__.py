@@ -1,0 +1,1 @@
+"""The command `emilie` and the studio."""

@@ -1,0 +1,100 @@
+"""A canvas as one .safetensors file: latents, noise, pictures, masks, and in its metadata instructions and settings."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from ..checkpoint import reading
+from ..emilie import Canvas, Editor, State
+from ..errors import CanvasError
+
+FORMAT = "emilie canvas 1"
+
+
+def save_canvas(canvas: Canvas, path: str | Path) -> None:
+    """The whole session, written whole or not at all. Raises CanvasError."""
+    tensors = {"z_init": canvas.z_init, "z_img": canvas.z_img}
+    for i, state in enumerate(canvas.states):
+        tensors[f"{i}.latent"] = state.latent
+        tensors[f"{i}.image"] = torch.from_numpy(np.array(state.image))
+        if state.mask is not None:
+            tensors[f"{i}.mask"] = torch.from_numpy(np.array(state.mask))
+        for k, (_, mask) in enumerate(state.regions):
+            if mask is not None:
+                tensors[f"{i}.mask.{k}"] = torch.from_numpy(np.array(mask))
+    about = {
+        "model": canvas.editor.model,
+        "dtype": str(canvas.editor.dtype),
+        "seed": canvas.seed,
+        "original_size": canvas.original_size,
+        "native": canvas.native,
+        "at": canvas.at,
+        "undone": canvas.undone,
+        "states": [
+            {"instruction": s.instruction, "parent": s.parent, "settings": s.settings, "f": s.f}
+            | ({"regions": [text for text, _ in s.regions]} if s.regions else {})
+            for s in canvas.states
+        ],
+    }
+    try:
+        reading.write(tensors, path, {"format": FORMAT, "canvas": json.dumps(about)})
+    except OSError as error:
+        raise CanvasError(f"{path}: cannot write the canvas: {error.strerror or error}") from error
+
+
+def open_canvas(path: str | Path, editor: Editor) -> Canvas:
+    """A canvas that `Canvas.save` wrote. To go on with it gives what an uninterrupted session gives, bit for bit.
+
+    Warns where it was made with other weights or in another dtype. Raises CanvasError for another kind of file, and
+    where the editor's latents have another shape; CheckpointError for weights that cannot edit.
+    """
+    editor.check_can_edit()
+    if not Path(path).is_file():
+        raise CanvasError(f"no canvas at {path}" + (", which is a folder" if Path(path).is_dir() else ""))
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CanvasError(f"{path} is no canvas of this version: its format is {metadata.get('format')!r}")
+            about = json.loads(metadata["canvas"])
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+        pictures = {k: Image.fromarray(v.numpy()) for k, v in tensors.items() if ".image" in k or ".mask" in k}
+        states = []
+        for i, record in enumerate(about["states"]):
+            latent, image, mask = tensors[f"{i}.latent"], pictures[f"{i}.image"], pictures.get(f"{i}.mask")
+            texts = record.pop("regions", [])  # files from before there were several have none
+            regions = [(text, pictures.get(f"{i}.mask.{k}")) for k, text in enumerate(texts)]
+            states.append(State(latent=latent, image=image, mask=mask, regions=regions, **record))
+        parents = [state.parent for state in states]
+        if parents[0] is not None or any(not 0 <= parent < i for i, parent in enumerate(parents[1:], 1)):
+            raise ValueError("its tree of edits is damaged")
+        if any(not 0 <= i < len(states) for i in [about["at"], *about["undone"]]):
+            raise ValueError("it names a state that it does not hold")
+        size = tuple(about["original_size"])
+        z_init, z_img = tensors["z_init"], tensors["z_img"]
+        canvas = Canvas(
+            editor, about["seed"], size, about["native"], z_init, z_img, states, about["at"], about["undone"]
+        )
+        latents = [z_init, z_img, *(state.latent for state in states)]
+        sizes = {state.image.size for state in states}
+    except CanvasError:
+        raise
+    except Exception as error:  # whatever a broken or foreign file leads to
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CanvasError(f"{path} cannot be read as a canvas: {reason}") from error
+    width, height = states[0].image.size
+    shape = (1, editor.config.model.params.channels, height // editor.vae.factor, width // editor.vae.factor)
+    if len(sizes) > 1 or any(tuple(z.shape) != shape for z in latents):
+        raise CanvasError(f"{path} was made with {about['model']}, whose latents {editor.model} cannot use")
+    if (about["model"], about["dtype"]) != (editor.model, str(editor.dtype)):
+        warnings.warn(
+            f"{path} was made with {about['model']} in {about['dtype']} and goes on with {editor.model} "
+            f"in {editor.dtype}",
+            stacklevel=2,
+        )
+    return canvas

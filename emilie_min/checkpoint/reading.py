@@ -1,0 +1,384 @@
+"""Weight files in the original layout, `.ckpt` or `.safetensors`, read strictly, safely and without waste.
+
+A file is first indexed: every tensor's dtype, shape and place, and no tensor read. Each network's parameters are then
+named in the file's terms (`file_keys`); what they do not name is dropped by a rule below or is an error. Last, only
+the named tensors are read, one at a time from a memory map, cast on the way to the device.
+"""
+
+import json
+import mmap
+import os
+import struct
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .writing import write_bytes
+
+RAW, EMA, VAE, TEXT = "model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model.transformer."
+
+# What is in released files and not needed to sample: a name for the closing line, and the keys it covers.
+SCHEDULE = {"betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+            "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
+            "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
+            "logvar", "scale_factor"}  # fmt: skip
+DROPPED = {
+    "noise schedule (computed from the config)": SCHEDULE.__contains__,
+    "counters of the weight average": {"model_ema.decay", "model_ema.num_updates"}.__contains__,
+    "position numbers": lambda key: key.startswith(TEXT) and key.endswith("position_ids"),
+    "the autoencoder's training loss": lambda key: key.startswith("first_stage_model.loss."),
+}
+
+RELEASED = {
+    "fbc31a67aab29ad38eef622a252d3fa4b0a81d4a4dc65da416cf45b13aa67688": "instruct-pix2pix-00-22000.safetensors",
+    "ffd280ddcfc8234e4d28b93641cb83169cebcb4d70998df9ee2eabb4d705374a": "instruct-pix2pix-00-22000.ckpt",
+}
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                      "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+                      "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+                      "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
+
+# Calls that a pickle may ask for and that stay uncalled: values among a trainer's records.
+HARMLESS_CALLS = {"numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+                  "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+                  "collections.defaultdict", "builtins.frozenset", "pathlib.PosixPath",
+                  "pathlib.WindowsPath"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies in a file; `offset` in bytes, `stride` in elements."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @property
+    def span(self) -> int:
+        """Elements from the first to the last."""
+        return 0 if 0 in self.shape else 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride))
+
+    @property
+    def nbytes(self) -> int:
+        return self.span * self.dtype.itemsize
+
+
+def index(path: str | Path) -> dict[str, Entry]:
+    """Every tensor of a weight file, by key, without reading one.
+
+    Raises CheckpointError for a file that is missing, truncated (naming the tensor and the missing bytes), of another
+    format, or that would run code when read.
+    """
+    try:
+        entries = _index(Path(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except CheckpointError as error:  # may quote the file: nothing of it reaches the terminal but plain characters
+        raise CheckpointError("".join(c if c.isprintable() else "?" for c in str(error)[:500])) from error
+    strange = next((key for key in entries if not key.isprintable() or len(key) > 500), None)
+    if strange is not None:
+        raise CheckpointError(f"{path} holds a tensor called {strange[:80]!r}: these are no weights")
+    return entries
+
+
+def _index(path: Path) -> dict[str, Entry]:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: give the single .ckpt or .safetensors file in the original layout")
+    if not path.is_file():
+        raise CheckpointError(f"no weights at {path}: `emilie download` fetches the released ones")
+    with open(path, "rb") as f:
+        head, size = f.read(9), os.fstat(f.fileno()).st_size
+    if head[8:9] == b"{":
+        entries = _index_safetensors(path)
+    elif head[:2] in (b"PK", b"\x80\x02"):
+        entries = _index_pickle(path)
+    else:
+        hint = ": a Git LFS pointer, so run `git lfs pull`" if head.startswith(b"version ") else ""
+        hint = ": a web page, so the download went wrong" if head.lower().startswith((b"<!doc", b"<html")) else hint
+        raise CheckpointError(f"{path} ({size} bytes) is neither a .safetensors file nor a .ckpt of PyTorch's{hint}")
+    for key, entry in sorted(entries.items(), key=lambda item: item[1].offset):
+        if entry.offset + entry.nbytes > size:
+            short = max(e.offset + e.nbytes for e in entries.values()) - size
+            raise CheckpointError(f"{path} is truncated: it ends within {key}, {short} bytes short. Fetch it again")
+    return entries
+
+
+def _header(path: Path) -> tuple[dict, int]:
+    """A safetensors file's table of contents, and where its tensors' bytes begin. Raises CheckpointError."""
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if length > HEADER_LIMIT:
+            raise CheckpointError(f"{path} is no .safetensors file, or broken: its header would have {length} bytes")
+        text = f.read(length)
+    if len(text) < length:
+        raise CheckpointError(f"{path} is truncated: it ends within its header, {length - len(text)} bytes short")
+    try:
+        return json.loads(text), 8 + length
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its header cannot be read ({error})") from error
+
+
+def _index_safetensors(path: Path) -> dict[str, Entry]:
+    header, begin = _header(path)
+    entries = {}
+    for key, record in header.items():
+        if key == "__metadata__":
+            continue
+        try:
+            dtype, shape, (start, end) = record["dtype"], tuple(record["shape"]), record["data_offsets"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: its header has no dtype, shape and place of {key}") from error
+        if str(dtype) not in SAFETENSORS_DTYPES:
+            raise CheckpointError(f"{path}: {key} has the dtype {dtype}, which is not known here")
+        if any(type(n) is not int or n < 0 for n in (*shape, start, end)):
+            raise CheckpointError(f"{path}: its header gives {key} an impossible shape or place")
+        stride = [1]
+        for n in reversed(shape[1:]):
+            stride.insert(0, stride[0] * n)
+        entry = Entry(SAFETENSORS_DTYPES[dtype], shape, tuple(stride[: len(shape)]), begin + start)
+        if entry.nbytes != end - start:
+            raise CheckpointError(f"{path}: {key} is {_by(shape)} {dtype} by its header but has other bytes than that")
+        entries[key] = entry
+    return entries
+
+
+def metadata(path: str | Path) -> dict[str, str] | None:
+    """What the writer of a .safetensors file noted in it; None for another format. Raises as `index` does."""
+    with open(path, "rb") as f:
+        if f.read(9)[8:] != b"{":
+            return None
+    notes = _header(Path(path))[0].get("__metadata__")
+    return {str(key): str(note) for key, note in notes.items()} if isinstance(notes, dict) else {}
+
+
+def _index_pickle(path: Path) -> dict[str, Entry]:
+    """Tensors of a file that `torch.save` wrote: unpickled with weights_only under FakeTensorMode, which reads no data.
+
+    Lightning also pickles its callbacks' classes. Each name that PyTorch does not know stands for an inert
+    placeholder while the file is read, so nothing is imported; a file that wants one called is refused.
+    """
+    from torch._subclasses import FakeTensorMode
+
+    from .truncated import explain
+
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as f:
+            zipped = f.read(2) == b"PK"
+        raise CheckpointError(
+            explain(path)
+            if zipped
+            else f"{path} is a bare pickle, as PyTorch wrote them before 1.6: load it with PyTorch and save it anew"
+        )
+    try:
+        records = _records(path)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        placeholders = [(_Placeholder(name, (), {}), name) for name in names]
+        with FakeTensorMode(), torch.serialization.safe_globals(placeholders), open(path, "rb") as f:
+            state = torch.load(f, weights_only=True)  # not by its path, whose name torch.load would believe
+        state = state.get("state_dict", state) if isinstance(state, dict) else {}
+        state = state if isinstance(state, dict) else {}
+        tensors = {key: t for key, t in state.items() if isinstance(key, str) and isinstance(t, Tensor)}
+        entries = {key: _placed(key, t, records) for key, t in tensors.items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is refused: {error}") from error
+    except Exception as error:  # whatever unpickling a hostile or broken file can raise
+        lines = str(error).partition("WeightsUnpickler error:")[2] or str(error).rpartition("trusted source.")[2]
+        reason = next((line.strip() for line in lines.splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"{path} is refused, nothing of it was run: {reason}") from error
+    if not entries:
+        raise CheckpointError(f"{path} holds no state_dict of tensors")
+    return entries
+
+
+def _records(path: Path) -> dict[int, int]:
+    """Where each record of a zip file begins, and its length. Those of other machines or tools are refused."""
+    records = {}
+    with zipfile.ZipFile(path) as z, open(path, "rb") as f:
+        for record in z.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError("its tensors are compressed. Load it with PyTorch and save it anew")
+            if record.filename.endswith("byteorder") and z.read(record) != b"little":
+                raise CheckpointError("its numbers are big-endian. Save it anew on a common machine")
+            f.seek(record.header_offset + 26)
+            records[record.header_offset + 30 + sum(struct.unpack("<2H", f.read(4)))] = record.file_size
+    return records
+
+
+def _placed(key: str, t: Tensor, records: dict[int, int]) -> Entry:
+    """A fake tensor's place in the file, if all of it lies in the record that is its storage."""
+    begin, skipped = getattr(t.untyped_storage(), "_checkpoint_offset", None), t.storage_offset() * t.dtype.itemsize
+    if begin not in records:
+        raise CheckpointError(f"{key} has no record of its own. Load it with PyTorch and save it anew")
+    entry = Entry(t.dtype, tuple(t.shape), t.stride(), begin + skipped)
+    if skipped + entry.nbytes > records[begin]:
+        raise CheckpointError(f"{key} reaches beyond its record. Fetch it again")
+    return entry
+
+
+class _Placeholder(type):
+    """A class that stands for one that a pickle names: it can be named and instantiated, never called."""
+
+    def __new__(mcs, name: str, bases: tuple, namespace: dict):
+        inert = {"__new__": lambda cls, *args: object.__new__(cls), "__setstate__": lambda self, state: None}
+        return super().__new__(mcs, name, bases, inert)
+
+    def __init__(cls, name: str, bases: tuple, namespace: dict):
+        super().__init__(name, bases, namespace)
+
+    def __call__(cls, *args):
+        if cls.__name__ not in HARMLESS_CALLS:
+            raise CheckpointError(f"it wants {cls.__name__} called, which no weights need. Nothing of it was run")
+        return object.__new__(cls)
+
+
+class Reader:
+    """Tensors of an indexed file, one at a time from a memory map, whose pages are handed back after each."""
+
+    def __init__(self, path: str | Path, entries: dict[str, Entry]):
+        self.entries = entries
+        with open(path, "rb") as f:
+            self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def get(self, key: str, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:
+        e = self.entries[key]
+        if not e.span:
+            return torch.empty(e.shape, device=device, dtype=dtype or e.dtype)
+        flat = torch.frombuffer(self.map, dtype=e.dtype, count=e.span, offset=e.offset)
+        # the copy is the only one: nothing of the file stays referenced
+        out = flat.as_strided(e.shape, e.stride).to(device, dtype or e.dtype, copy=True).contiguous()
+        if hasattr(mmap, "MADV_DONTNEED"):
+            start = e.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self.map.madvise(mmap.MADV_DONTNEED, start, e.offset + e.nbytes - start)
+        return out
+
+
+@dataclass
+class Report:
+    """What a load took and what it left: `family` is "EMA" or "raw", `dropped` counts keys by rule."""
+
+    family: str
+    nbytes: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+def file_keys(networks: dict[str, nn.Module], keys) -> tuple[dict[str, dict[str, str]], str]:
+    """The file's key of each parameter, by network ("unet", "vae", "text"), and the UNet family that is used.
+
+    EMA weights are what the original samples with; they stand under the parameter's name without its dots.
+    """
+    ema = any(key.startswith(EMA + "diffusion_model") for key in keys)  # pruned copies may keep the counters alone
+    named = any(key.startswith(TEXT + "text_model.") for key in keys)
+
+    def unet(name: str) -> str:
+        return EMA + ("diffusion_model." + name).replace(".", "") if ema else RAW + name
+
+    def text(
+        name: str,
+    ) -> str:  # transformers 5: "transformer.encoder..."; the file: "transformer.text_model.encoder..."
+        name = name.removeprefix("transformer.").removeprefix("text_model.")
+        return TEXT + ("text_model." if named else "") + name
+
+    rules = {"unet": unet, "vae": lambda name: VAE + name, "text": text}
+    wanted = {part: {name: rules[part](name) for name in net.state_dict()} for part, net in networks.items()}
+    for names in wanted.values():
+        if len(set(names.values())) < len(names):
+            raise CheckpointError("two parameters share a name once its dots are stripped: this model cannot use EMA")
+    return wanted, "EMA" if ema else "raw"
+
+
+def check(networks: dict[str, nn.Module], entries: dict[str, Entry], what: str) -> tuple[dict[str, dict], Report]:
+    """`file_keys`, once every key of the file is accounted for and every shape fits.
+
+    Raises CheckpointError that lists the first missing, misshapen and unknown tensors.
+    """
+    wanted, family = file_keys(networks, entries)
+    report = Report(family)
+    missing, misshapen = [], []
+    for part, names in wanted.items():
+        shapes = {name: tuple(p.shape) for name, p in networks[part].state_dict().items()}
+        for name, key in names.items():
+            if key not in entries:
+                missing.append(key)
+            elif entries[key].shape != shapes[name]:
+                misshapen.append(f"{key} is {_by(entries[key].shape)} and should be {_by(shapes[name])}")
+            elif not entries[key].dtype.is_floating_point:
+                misshapen.append(f"{key} holds {entries[key].dtype} and should hold floating-point numbers")
+    rules = {**DROPPED, "raw UNet weights beside the EMA ones": lambda key: family == "EMA" and key.startswith(RAW)}
+    extra = []
+    for key in entries.keys() - {key for names in wanted.values() for key in names.values()}:
+        rule = next((rule for rule, covers in rules.items() if covers(key)), None)
+        if rule:
+            report.dropped[rule] = report.dropped.get(rule, 0) + 1
+        else:
+            extra.append(key)
+    complaints = [
+        f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in (("missing", missing), ("misshapen", misshapen), ("unknown", extra))
+        if keys
+    ]
+    if complaints:
+        raise CheckpointError(f"{what}: {'; '.join(complaints)}")
+    return wanted, report
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"
+
+
+def load(
+    networks: dict[str, nn.Module],
+    path: str | Path,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    entries: dict[str, Entry] | None = None,
+) -> Report:
+    """Fill networks built on the meta device from a file; strict, cast to `dtype` (None: the file's own).
+
+    networks: "unet", "vae" and "text" in LDM's key layout. Raises CheckpointError; see `index` and `check`.
+    """
+    entries = index(path) if entries is None else entries
+    wanted, report = check(networks, entries, str(path))
+    reader = Reader(path, entries)
+    for part, names in wanted.items():
+        state = {name: reader.get(key, device, dtype) for name, key in names.items()}
+        report.nbytes += sum(t.nbytes for t in state.values())
+        networks[part].load_state_dict(state, strict=True, assign=True)
+        for name, buffer in networks[part].named_buffers():
+            if buffer.is_meta:  # not in any file: transformers' position numbers
+                if not name.endswith("position_ids"):
+                    raise CheckpointError(f"transformers keeps a buffer {name} that this package does not know")
+                owner = networks[part].get_submodule(name.rpartition(".")[0])
+                owner.position_ids = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
+        networks[part].requires_grad_(False).eval()
+    return report
+
+
+def fits(entries: dict[str, Entry]) -> str | None:
+    """The built-in config whose UNet has this file's width and input channels, or None."""
+    first = entries.get(RAW + "input_blocks.0.0.weight") or entries.get(EMA + "diffusion_modelinput_blocks00weight")
+    return (
+        {(320, 8): "ip2p", (320, 4): "sd15", (64, 8): "toy", (64, 4): "toy-t2i"}.get(first.shape[:2]) if first else None
+    )
+
+
+def describe(entries: dict[str, Entry]) -> str:
+    """What kind of file has such keys, for the error when no config fits it."""
+    if any(key.startswith(("down_blocks.", "mid_block.", "encoder.down_blocks.")) for key in entries):
+        return "a network in diffusers' layout; the original layout is one file with model.diffusion_model.* keys"
+    if not any(key.startswith((RAW, EMA)) for key in entries):
+        return "not a checkpoint in the original layout: no key starts with model.diffusion_model. or model_ema."
+    return "of a model that no built-in config fits: name its YAML file with --config"
+
+
+def write(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """A .safetensors file, whole or not at all: written beside its place and moved there. Raises OSError."""
+    from safetensors.torch import save
+
+    write_bytes(save(tensors, metadata), path)

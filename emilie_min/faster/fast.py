@@ -1,0 +1,276 @@
+"""The fast path, `load(..., compile=True)`: the readable networks' results to rounding, with less work and no waiting.
+
+What an edit does not change from step to step is computed once: the text's keys and values and, for all steps, the
+timesteps' embeddings, which become biases of convolutions. Branches that see the same picture are one until the text
+tells them apart, and a branch that guidance cancels out is not run. Weights lie channels last, so that a feature map
+and a list of cells are the same memory. Products add into their residuals. On a CPU the feed-forward layers work
+through rows that fit its cache, and convolutions after an upsampling leave out what they would compute on copies. On
+CUDA a step is compiled and replayed as one graph, and nothing in the loop waits for the GPU. What each of these
+brought: `notebooks/speed/README.md`.
+"""
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import sampling
+from ..attention import attention
+from ..emilie import Editor
+from ..errors import EmilieError
+from ..unet import ResBlock, SpatialTransformer, UNetModel, Upsample, timestep_embedding
+from .deepcache import DeepCache
+
+CACHE = Path.home() / ".cache" / "emilie_min" / "compiled"
+FEW = 256  # cells of a batch at which a convolution's time on a CPU is its weights'
+ROWS = 1024  # of a feed-forward layer at once on a CPU: 10 MB of the widest layer's features
+
+
+class FastEditor(Editor):
+    """An `Editor` whose `denoise` takes the fast path; its networks stay what they are and can be used as ever."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.step = self.fast = FastUNet(self.unet)
+        self.compiled = False
+        if self.device.type == "cuda":
+            self.vae.to(memory_format=torch.channels_last)
+            self.compile(mode="max-autotune")
+
+    def compile(self, **options) -> None:
+        """Compile the step, at the first edit of each size; options: of `torch.compile`."""
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
+        where = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        warnings.warn(f"the first edit at each size compiles for minutes, once: kept in {where}", stacklevel=2)
+        torch._dynamo.config.recompile_limit = 64  # of sizes, branches and reuse in a long session, not of one function
+        self.step, self.compiled = torch.compile(self.fast, fullgraph=True, dynamic=False, **options), True
+
+    @torch.no_grad()
+    def denoise(self, x, sigma, z_img, cond, uncond, text_scale, image_scale, weights=(1.0,), unet=None) -> Tensor:
+        """As `Editor.denoise`; the plain path where `unet` is given or the rows' noise levels differ."""
+        levels = torch.as_tensor(sigma, dtype=torch.float32).reshape(-1)
+        if unet is not None or (levels != levels[0]).any():
+            return super().denoise(x, sigma, z_img, cond, uncond, text_scale, image_scale, weights, unet)
+        return self.denoiser(levels[:1], z_img, cond, uncond, weights)(x, levels[0].item(), text_scale, image_scale)
+
+    @torch.no_grad()
+    def denoiser(self, sigmas, z_img, cond, uncond, weights, reuse=1) -> Callable[..., Tensor]:
+        """As `Editor.denoiser`; what the edit does not change is computed here."""
+        n, cache = len(weights), DeepCache(self.unet, reuse)
+        z_img, texts = z_img.to(self.dtype), (*cond.to(self.dtype).chunk(n), *[uncond.to(self.dtype)] * 2)
+
+        def biases(levels: list[float]) -> dict[float, Tensor]:
+            t = sampling.sigma_to_t(torch.tensor(levels, dtype=torch.float64), self.log_sigmas).float()
+            return dict(zip(levels, self.fast.biases(t.to(self.device), self.dtype)))
+
+        @functools.cache
+        def keys(b: int, k: int) -> Tensor:
+            return self.fast.keys(torch.cat([text.expand(b, -1, -1) for text in texts[:k]]))
+
+        table = biases([sigma for sigma in sigmas.tolist() if sigma > 0])
+
+        @torch.no_grad()
+        def denoise(x: Tensor, sigma: float, text_scale: float | Tensor, image_scale: float | Tensor) -> Tensor:
+            if sigma not in table:
+                table.update(biases([sigma]))
+            x, b, k = x.float(), x.shape[0], sampling.branches(n, text_scale, image_scale)
+            z_t, z = (x / (sigma**2 + 1) ** 0.5).to(self.dtype), z_img.expand(b, -1, -1, -1)
+            seen = [z, torch.zeros_like(z)] if k == n + 2 else [z]  # only the last branch does not see the picture
+            stacked = torch.cat([torch.cat([z_t, picture], dim=1) for picture in seen])
+            rows = (*[0] * min(k, n + 1), *[1] * (k == n + 2))
+            deep = None if cache.fresh(k * b) else cache.deep
+            eps, kept = self.run(stacked, table[sigma], keys(b, k), rows, deep)
+            cache.deep = kept if reuse > 1 else None
+            denoised = [sampling.to_denoised(e, x, sigma) for e in eps.float().chunk(k)]
+            return sampling.combine(denoised, weights, text_scale, image_scale)
+
+        return denoise
+
+    def run(self, *inputs) -> tuple[Tensor, Tensor]:
+        """One call of the step; what it returns is the caller's. Raises EmilieError where it cannot be compiled."""
+        if not self.compiled:
+            return self.step(*inputs)
+        torch.compiler.cudagraph_mark_step_begin()
+        try:
+            return tuple(y.clone() for y in self.step(*inputs))  # the graph's own memory is overwritten by the next
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise EmilieError(f"the network cannot be compiled here: {reason}. Load it without compile") from error
+
+
+class FastUNet(nn.Module):
+    """`UNetModel` over the same weights, from each picture's rows to each branch's, with what an edit keeps given."""
+
+    def __init__(self, unet: UNetModel):
+        super().__init__()
+        unet.to(memory_format=torch.channels_last)
+        self.time_embed, self.model_channels, self.out = unet.time_embed, unet.model_channels, unet.out
+        self.resblocks, self.transformers = nn.ModuleList(), nn.ModuleList()
+        self.input_blocks = nn.ModuleList(self.wrap(block) for block in unet.input_blocks)
+        self.middle_block = self.wrap(unet.middle_block)
+        self.output_blocks = nn.ModuleList(self.wrap(block) for block in unet.output_blocks)
+
+    def wrap(self, block: nn.Module) -> nn.ModuleList:
+        layers = nn.ModuleList()
+        for layer in block:
+            if isinstance(layer, ResBlock):
+                self.resblocks.append(layer := FastResBlock(layer, len(self.resblocks)))
+            elif isinstance(layer, SpatialTransformer):
+                self.transformers.append(layer := FastTransformer(layer, len(self.transformers)))
+            elif isinstance(layer, Upsample):
+                layer = FastUpsample(layer)
+            layers.append(layer)
+        return layers
+
+    def biases(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """t: (n,) -> (n, sum of C'): of every step, what each ResBlock's first convolution adds, embedding and all."""
+        emb = self.time_embed(timestep_embedding(t, self.model_channels).to(dtype))
+        return torch.cat([block.conv.bias + block.emb_layers(emb) for block in self.resblocks], dim=1)
+
+    def keys(self, context: Tensor) -> Tensor:
+        """(kB, 77, D) -> (kB, 77, 2 sum of C): every transformer's keys and values."""
+        attns = [block.attn2 for block in self.transformers]
+        return torch.cat([layer(context) for attn in attns for layer in (attn.to_k, attn.to_v)], dim=2)
+
+    def forward(self, x: Tensor, bias: Tensor, keys: Tensor, rows: tuple[int, ...], deep: Tensor | None):
+        """x: (RB, 8, h, w), R pictures; bias: a row of `biases`; keys: of k branches; rows: each branch's picture.
+
+        deep: None, or from an earlier call, to be used again. -> eps (kB, 4, h, w), deep.
+        """
+        biases = bias.split([block.conv.out_channels for block in self.resblocks])
+        keys = keys.split([c for block in self.transformers for c in 2 * [block.attn2.to_k.out_features]], dim=2)
+        b = keys[0].shape[0] // len(rows)
+        k = DeepCache.SHALLOW
+
+        def spread(y: Tensor) -> Tensor:  # from the pictures' rows to the branches'
+            if y.shape[0] == keys[0].shape[0]:
+                return y
+            return torch.cat([y[row * b : (row + 1) * b] for row in rows])
+
+        def run(block: nn.ModuleList, x: Tensor) -> Tensor:
+            for layer in block:
+                if isinstance(layer, FastResBlock):
+                    x = layer(x, biases[layer.index])
+                elif isinstance(layer, FastTransformer):
+                    x = layer(x, *keys[2 * layer.index : 2 * layer.index + 2], spread)
+                else:
+                    x = layer(x)
+            return x
+
+        skips = []
+        for block in self.input_blocks if deep is None else self.input_blocks[:k]:
+            x = run(block, x)
+            skips.append(x)
+        if deep is None:
+            x = run(self.middle_block, x)
+            for block in self.output_blocks[:-k]:
+                x = run(block, torch.cat([spread(x), spread(skips.pop())], dim=1))
+            deep = spread(x)
+        x = deep
+        for block in self.output_blocks[-k:]:
+            x = run(block, torch.cat([x, spread(skips.pop())], dim=1))
+        return self.out(x), deep
+
+
+class FastResBlock(nn.Module):
+    """`ResBlock` whose timestep's embedding comes as the first convolution's bias."""
+
+    def __init__(self, layer: ResBlock, index: int):
+        super().__init__()
+        self.index = index
+        self.norm1, _, self.conv = layer.in_layers
+        self.emb_layers = layer.emb_layers
+        self.norm2, _, _, self.conv2 = layer.out_layers
+        self.skip_connection = layer.skip_connection
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # (B, C, H, W), (C',) -> (B, C', H, W)
+        h = conv3x3(F.silu(self.norm1(x), inplace=True), self.conv.weight, bias)
+        h = conv3x3(F.silu(self.norm2(h), inplace=True), self.conv2.weight, self.conv2.bias)
+        return h.add_(self.skip_connection(x))
+
+
+class FastUpsample(nn.Module):
+    """`Upsample` in 4/9 of its arithmetic: of the 3x3 cells under the kernel some are copies, so their weights add."""
+
+    def __init__(self, layer: Upsample):
+        super().__init__()
+        self.conv = layer.conv
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
+        if x.device.type != "cpu":  # seen to pay on a CPU only
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        b, c, height, width = x.shape
+        out = x.new_empty(b, c, 2 * height, 2 * width).to(memory_format=torch.channels_last)
+        taps = self.conv.weight.permute(0, 2, 3, 1)  # (C, 3, 3, C), as it lies in memory
+        for i in (0, 1):  # an even row sees the cell above it and its own, an odd one its own and the one below
+            rows = torch.stack(paired(*taps.unbind(1), i), dim=1)
+            for j in (0, 1):
+                kernel = torch.stack(paired(*rows.unbind(2), j), dim=2).permute(0, 3, 1, 2)  # (C, C, 2, 2)
+                out[:, :, i::2, j::2] = F.conv2d(F.pad(x, (1 - j, j, 1 - i, i)), kernel, self.conv.bias)
+        return out
+
+
+class FastTransformer(nn.Module):
+    """`SpatialTransformer` on keys and values that are given; queries, keys and values of its own in one product."""
+
+    def __init__(self, layer: SpatialTransformer, index: int):
+        super().__init__()
+        block = layer.transformer_blocks[0]  # depth is 1
+        self.index, self.norm, self.heads = index, layer.norm, block.attn1.heads
+        self.proj_in, self.proj_out = layer.proj_in, layer.proj_out
+        self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
+        self.attn1, self.attn2, self.up, self.down = block.attn1, block.attn2, block.ff.net[0].proj, block.ff.net[2]
+        own = (self.attn1.to_q, self.attn1.to_k, self.attn1.to_v)
+        self.qkv = nn.Parameter(torch.cat([linear.weight.data for linear in own]), requires_grad=False)
+        for linear, weight in zip(own, self.qkv.data.chunk(3)):  # the readable layers look into it
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, spread: Callable[[Tensor], Tensor]) -> Tensor:
+        """x: (B, C, H, W) channels last; k, v: (kB, 77, C) -> (kB, C, H, W) channels last."""
+        height, channels = x.shape[2], x.shape[1]
+        h = cells(self.norm(x))
+        h = F.linear(h, self.proj_in.weight[:, :, 0, 0], self.proj_in.bias)
+        qkv = F.linear(self.norm1(h), self.qkv).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        h = add_linear(h, attention(*qkv).transpose(1, 2).flatten(2), self.attn1.to_out[0])
+        del qkv
+        h, x = spread(h), spread(x)  # from here on the text makes a difference
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (self.attn2.to_q(self.norm2(h)), k, v))
+        h = add_linear(h, attention(q, k, v).transpose(1, 2).flatten(2), self.attn2.to_out[0])
+        (value, gate), (value_bias, gate_bias) = self.up.weight.chunk(2), self.up.bias.chunk(2)
+        rows = h.view(-1, channels)
+        for part in rows.split(ROWS if x.device.type == "cpu" else len(rows)):
+            y = self.norm3(part)
+            y = F.linear(y, value, value_bias).mul_(F.gelu(F.linear(y, gate, gate_bias)))
+            part.addmm_(y, self.down.weight.t()).add_(self.down.bias)
+        x = cells(x).reshape(-1, channels).addmm_(rows, self.proj_out.weight[:, :, 0, 0].t()).add_(self.proj_out.bias)
+        return x.view(*h.shape).transpose(1, 2).unflatten(2, (height, -1))
+
+
+def paired(first: Tensor, middle: Tensor, last: Tensor, odd: int) -> tuple[Tensor, Tensor]:
+    """Three weights as two, where the middle's cell is a copy of a neighbour's."""
+    return (first + middle, last) if odd else (first, middle + last)
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A convolution; on a CPU of a few cells as one product, which does not lay the weights out anew every time."""
+    b, c, height, width = x.shape
+    if x.device.type != "cpu" or b * height * width > FEW:
+        return F.conv2d(x, weight, bias, padding=1)
+    y = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)
+    under = [y[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    y = F.linear(torch.cat(under, dim=3), weight.permute(0, 2, 3, 1).flatten(1), bias)
+    return y.permute(0, 3, 1, 2)
+
+
+def cells(x: Tensor) -> Tensor:  # (B, C, H, W) channels last -> (B, HW, C), the same memory
+    return x.flatten(2).transpose(1, 2)
+
+
+def add_linear(h: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:  # h + linear(x), in the memory of h
+    h.view(-1, h.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), linear.weight.t()).add_(linear.bias)
+    return h

@@ -1,0 +1,1 @@
+"""`emilie speed`: the measuring stick."""

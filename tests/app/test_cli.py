@@ -1,0 +1,193 @@
+"""The command as a person types it: what it writes, and one line and exit code 2 for whatever cannot work."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import MODEL, run
+from PIL import Image
+
+from emilie_min.toy import world
+
+
+def test_edit_writes_every_picture_the_session_and_a_strip(photo, capsys):
+    code, out, err = run("edit", photo, "make it night", "make it day", "--box", "2=0,0,32,64", *MODEL, capsys=capsys)
+    assert code == 0 and not err
+    written = {"photo_1.png", "photo_2.png", "photo_strip.png", "photo.canvas.safetensors"}
+    assert {p.name for p in Path("out").iterdir()} == written
+    assert all(name in out for name in written)
+    assert Image.open("out/photo_2.png").size == (64, 64)
+
+
+def test_a_second_run_overwrites_nothing(photo, capsys):
+    for _ in range(2):
+        assert run("edit", photo, "make it night", *MODEL, capsys=capsys)[0] == 0
+    names = {p.name for p in Path("out").iterdir()}
+    assert {"photo_1.png", "photo-2_1.png", "photo.canvas.safetensors", "photo-2.canvas.safetensors"} <= names
+
+
+def test_a_canvas_goes_on(photo, capsys):
+    both = ["make it night", "make it day"]
+    assert run("edit", photo, *both, "--out", "a", *MODEL, capsys=capsys)[0] == 0
+    assert run("edit", photo, both[0], "--out", "b", "--canvas", "s.safetensors", *MODEL, capsys=capsys)[0] == 0
+    assert run("edit", both[1], "--out", "b", "--canvas", "s.safetensors", *MODEL, capsys=capsys)[0] == 0
+    assert Path("a/photo_2.png").read_bytes() == Path("b/s_2.png").read_bytes()
+    world.render(world.scene(4)).save("other.png")
+    code, _, err = run("edit", "other.png", both[0], "--canvas", "s.safetensors", *MODEL, capsys=capsys)
+    assert code == 2 and "another picture" in err[0]
+
+
+def test_what_was_finished_stays_when_a_later_edit_fails(photo, capsys, monkeypatch):
+    from emilie_min.emilie import Canvas
+
+    edit = Canvas.edit
+
+    def fails_on_the_second(self, text, *args, **kwargs):
+        if self.at == 1:
+            raise KeyboardInterrupt
+        return edit(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(Canvas, "edit", fails_on_the_second)
+    code, _, err = run("edit", photo, "make it night", "make it day", *MODEL, capsys=capsys)
+    assert code == 130 and "interrupted" in err[0]
+    assert {p.name for p in Path("out").iterdir()} == {"photo_1.png", "photo.canvas.safetensors"}
+
+
+def test_input_size(photo, capsys):
+    Image.fromarray(np.full((51, 99, 3), 90, np.uint8)).save("odd.png")
+    assert run("edit", "odd.png", "make it night", "--input-size", *MODEL, capsys=capsys)[0] == 0
+    assert Image.open("out/odd_1.png").size == (99, 51)
+    assert run("edit", "odd.png", "make it night", "--resolution", "native", *MODEL, capsys=capsys)[0] == 0
+    assert Image.open("out/odd-2_1.png").size == (96, 48)
+
+
+def test_options_may_stand_anywhere(photo, capsys):
+    code, _, err = run("edit", photo, "--seed", 1, "make it night", *MODEL, "make it day", capsys=capsys)
+    assert code == 0 and not err and Path("out/photo_2.png").exists()
+
+
+def test_names_that_are_patterns_are_not_overwritten(photo, capsys):
+    photo.rename("p[1].png")
+    for _ in range(2):
+        assert run("edit", "p[1].png", "make it night", *MODEL, capsys=capsys)[0] == 0
+    assert {"p[1]_1.png", "p[1]-2_1.png"} <= {p.name for p in Path("out").iterdir()}
+
+
+def test_a_session_without_its_pictures_is_not_overwritten(photo, capsys):
+    assert run("edit", photo, "make it night", *MODEL, capsys=capsys)[0] == 0
+    for path in Path("out").glob("*.png"):
+        path.unlink()
+    assert run("edit", photo, "make it day", *MODEL, capsys=capsys)[0] == 0
+    assert Path("out/photo-2_1.png").exists()
+
+
+def test_going_on_does_not_overwrite_another_session(photo, capsys):
+    assert run("edit", photo, "make it night", "make it day", *MODEL, capsys=capsys)[0] == 0
+    before = {p: p.read_bytes() for p in Path("out").iterdir()}
+    for text in ("make it day", "make it night"):
+        assert run("edit", photo, text, "--canvas", "s.safetensors", *MODEL, capsys=capsys)[0] == 0
+    assert all(p.read_bytes() == data for p, data in before.items())
+    assert len(list(Path("out").glob("photo*_[0-9].png"))) == 4
+
+
+def test_going_on_refuses_what_it_cannot_change(photo, capsys):
+    assert run("edit", photo, "make it night", "--canvas", "s.safetensors", *MODEL, capsys=capsys)[0] == 0
+    for args, message in (
+        (["phto.png", "make it day"], "no picture at phto.png"),
+        (["make it day", "--resolution", "64"], "--resolution"),
+    ):
+        code, _, err = run("edit", *args, "--canvas", "s.safetensors", *MODEL, capsys=capsys)
+        assert code == 2 and message in err[0]
+
+
+def test_demo_wants_the_small_worlds_model(photo, capsys):
+    config = Path("big.yaml")
+    from importlib.resources import files
+
+    text = (files("emilie_min") / "configs" / "toy.yaml").read_text()
+    config.write_text(text.replace("resolution: 64", "resolution: 128"))
+    code, _, err = run("demo", "--weights", "random", "--config", config, "--device", "cpu", capsys=capsys)
+    assert code == 2 and "small world" in err[0] and not Path("out").exists()
+
+
+def broken_png(path: Path) -> None:
+    path.write_bytes(Path("photo.png").read_bytes()[:300])
+
+
+BAD = {
+    "no picture": (["none.png", "make it night"], "no picture at none.png"),
+    "truncated picture": (["broken.png", "make it night"], "cannot be read"),
+    "tiny picture": (["tiny.png", "make it night"], "too small"),
+    "no instruction": (["photo.png"], "no instruction"),
+    "empty instruction": (["photo.png", "make it night", " "], "empty"),
+    "too many tokens": (["photo.png", "make it night " * 40], "would be cut"),
+    "unknown word": (["photo.png", "make it winter"], "'winter'"),
+    "unknown word in the last": (["photo.png", "make it night", "make it winter"], "'winter'"),
+    "mask for no edit": (["photo.png", "make it night", "--mask", "2=mask.png"], "no edit 2"),
+    "mask for edit 0": (["photo.png", "make it night", "--mask", "0=mask.png"], "no edit 0"),
+    "mask without number": (["photo.png", "make it night", "--mask", "mask.png"], "which edit"),
+    "mask twice": (["photo.png", "make it night", "--mask", "1=mask.png", "--box", "1=0,0,9,9"], "already"),
+    "no such mask": (["photo.png", "make it night", "--mask", "1=none.png"], "no picture at none.png"),
+    "mask of another size": (["photo.png", "make it night", "--mask", "1=small.png"], "same size"),
+    "empty mask": (["photo.png", "make it night", "--mask", "1=black.png"], "empty"),
+    "vanishing mask": (["photo.png", "make it night", "--box", "1=0,0,1,1"], "vanishes"),
+    "box outside": (["photo.png", "make it night", "--box", "1=0,0,99,9"], "does not lie"),
+    "box of words": (["photo.png", "make it night", "--box", "1=a,b,c,d"], "four whole numbers"),
+    "box of three": (["photo.png", "make it night", "--box", "1=1,2,3"], "four whole numbers"),
+    "background of nothing": (["photo.png", "make it night", "--keep-background"], "needs a --mask"),
+    "unknown gate": (["photo.png", "make it night", "--gate", "wall"], "--gate"),
+    "unknown option": (["photo.png", "make it night", "--speed", "9"], "--speed"),
+    "no steps": (["photo.png", "make it night", "--steps", "0"], "whole number from 1"),
+    "scale of nan": (["photo.png", "make it night", "--text-scale", "nan"], "finite"),
+    "resolution of words": (["photo.png", "make it night", "--resolution", "big"], "--resolution"),
+    "resolution of nothing": (["photo.png", "make it night", "--resolution", "0"], "resolution must be"),
+    "no weights": (["photo.png", "make it night", "--weights", "none.ckpt"], "no weights at none.ckpt"),
+    "weights of garbage": (["photo.png", "make it night", "--weights", "photo.png"], "neither"),
+    "unknown config": (["photo.png", "make it night", "--config", "none.yaml"], "none.yaml"),
+    "tokenizer of nothing": (["photo.png", "make it night", "--tokenizer", "none"], "vocab.json"),
+    "device of nothing": (["photo.png", "make it night", "--device", "meta"], "cannot be used"),
+    "output in a file": (["photo.png", "make it night", "--out", "photo.png"], "cannot write"),
+    "output below a file": (["photo.png", "make it night", "--out", "photo.png/x"], "cannot write"),
+    "canvas of garbage": (["photo.png", "make it night", "--canvas", "photo.png"], "canvas"),
+    "input size without input": (["make it night", "--input-size", "--canvas", "photo.png"], "first argument"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, photo, capsys):
+    args, message = BAD[name]
+    broken_png(Path("broken.png"))
+    Image.new("RGB", (64, 10)).save("tiny.png")
+    Image.new("L", (64, 64), 255).save("mask.png")
+    Image.new("L", (32, 64), 255).save("small.png")
+    Image.new("L", (64, 64), 0).save("black.png")
+    before = sorted(Path().rglob("*"))
+    code, _, err = run("edit", *MODEL, *args, capsys=capsys)
+    assert code == 2 and len(err) == 1 and message in err[0], err
+    assert sorted(Path().rglob("*")) == before  # nothing half-written
+
+
+def test_a_full_disk(photo, capsys, monkeypatch):
+    save = Image.Image.save
+
+    def full(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    code, _, err = run("edit", photo, "make it night", *MODEL, capsys=capsys)
+    assert code == 2 and "No space left" in err[0]
+    assert not [p for p in Path("out").iterdir() if p.name != "photo.canvas.safetensors"]
+
+
+def test_help_needs_no_torch():
+    code = "import sys\nfrom emilie_min.app import cli\ntry: cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "emilie_min", "edit"], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

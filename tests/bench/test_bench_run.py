@@ -1,0 +1,348 @@
+"""Methods by name, chains of edits that can stop and go on anywhere, and the run that puts them on disk."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import emilie_min as emilie
+from emilie_min.app import cli
+from emilie_min.bench import data
+from emilie_min.bench.cli import which_shard
+from emilie_min.bench.run import read_run, run, slug, state
+from emilie_min.errors import BenchError, CheckpointError, SamplingError
+from emilie_min.methods import METHODS, Request, parse
+from emilie_min.toy import world
+
+MINE = """
+import os
+from dataclasses import dataclass, replace
+from emilie_min.errors import SamplingError
+from emilie_min.methods.base import Method
+
+@dataclass
+class Mine(Method):
+    editor: object
+    strength: float = 1.0
+    fail_at: int | None = None
+    edits = 0
+
+    def edit(self, chain, request):
+        Mine.edits += 1
+        if Mine.edits == int(os.environ.get("STOP_AT", 0)):
+            raise KeyboardInterrupt
+        if len(chain.requests) + 1 == self.fail_at:
+            raise SamplingError("as asked")
+        image = chain.image.point(lambda v: int(v * (1 - 0.1 * self.strength)) + chain.seed)
+        return replace(chain, image=image, requests=(*chain.requests, request), notes={"n": len(chain.requests)})
+"""
+
+
+@pytest.fixture(scope="module")
+def editor():
+    return emilie.load("random", "toy", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return world.render(world.scene(3))
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench") / "imie"
+    data.make(folder, scenes=3, turns=2)
+    return folder
+
+
+@pytest.fixture
+def mine(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    return f"{path}:Mine"
+
+
+def files(folder):
+    """Every file of a run's edits; of the records what does not depend on the clock."""
+    out = {}
+    for path in sorted(path for path in (folder / "edits").rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            content = json.loads(content)
+            content.pop("seconds")
+        out[str(path.relative_to(folder / "edits"))] = content
+    return out
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def requests():
+    return [Request("make it night", world.mask("top left")), Request("make it day"), Request("turn it into a comic")]
+
+
+def follow(method, picture, seed=5):
+    chain, chains = method.open(picture, seed), []
+    for request in requests():
+        chain = method.edit(chain, request)
+        chains.append(chain)
+    return chains
+
+
+# ---- the methods that follow instructions
+
+
+def test_emilie_as_a_method_is_a_canvas_session_bit_for_bit(editor, picture):
+    method = METHODS["emilie"](editor, gate="guidance", steps=2)
+    canvas = editor.open(picture, seed=5)
+    for chain, request in zip(follow(method, picture), requests()):
+        image = canvas.edit(request.instruction, request.mask, gate="guidance", steps=2)
+        assert chain.image.tobytes() == image.tobytes()
+        assert torch.equal(chain.latent, canvas.latent) and chain.notes == {"f": canvas.state.f}
+        assert (chain.mask is None) == (request.mask is None)
+
+
+def test_iterative_instruct_pix2pix_is_the_canvas_that_iterates_pictures(editor, picture):
+    canvas = editor.open(picture, seed=5)
+    for chain, request in zip(follow(METHODS["ip2p"](editor, pixels="round", steps=2), picture), requests()):
+        image = canvas.edit(request.instruction, steps=2, iterate="image")  # it has no masks
+        assert chain.image.tobytes() == image.tobytes() and torch.equal(chain.latent, canvas.latent)
+
+
+def test_truncation_darkens_by_half_a_level_and_float_skips_the_picture(editor, picture):
+    runs = {p: follow(METHODS["ip2p"](editor, pixels=p, steps=2), picture) for p in ("truncate", "round", "float")}
+    first = {p: np.asarray(chains[0].image, float) for p, chains in runs.items()}
+    assert torch.equal(runs["truncate"][0].latent, runs["round"][0].latent)
+    apart = first["round"] - first["truncate"]
+    assert apart.min() == 0 and apart.max() == 1 and 0.3 < apart.mean() < 0.6
+    with torch.no_grad():
+        z_img = editor.vae.encode(editor.decode(runs["float"][0].latent))
+    again = METHODS["ip2p"](editor, pixels="round", steps=2)
+    assert torch.equal(runs["float"][0].latent, runs["round"][0].latent)
+    assert not torch.equal(runs["float"][1].latent, runs["round"][1].latent)
+    assert not torch.equal(z_img, editor.encode(runs["round"][0].image))
+    assert again.edit(runs["round"][0], requests()[1]).latent.equal(runs["round"][1].latent)
+
+
+def test_concatenated_instructions_start_from_the_opened_picture(editor, picture):
+    chains = follow(METHODS["concat"](editor, steps=2), picture)
+    single = follow(METHODS["ip2p"](editor, steps=2), picture)
+    assert torch.equal(chains[0].latent, single[0].latent)
+    text = "make it night, make it day, turn it into a comic"
+    method = METHODS["ip2p"](editor, steps=2)
+    start = method.open(picture, 5)
+    start = type(start)(start.original, 5, start.image, None, tuple(requests()[:2]))
+    assert torch.equal(chains[2].latent, method.edit(start, Request(text)).latent)
+    assert chains[2].notes == {"tokens": 2 + 3 + 3 + 5}
+
+
+def test_a_text_that_is_too_long_is_cut_and_told(editor, picture):
+    method = METHODS["concat"](editor, steps=1)
+    chain = method.edit(method.open(picture, 0), Request(" ".join(["red"] * 200)))
+    assert chain.notes == {"tokens": 77}
+
+
+def test_a_model_of_captions_is_refused(picture):
+    with pytest.raises(CheckpointError, match="4 channels"):
+        method = METHODS["ip2p"](emilie.load("random", "toy-t2i", device="cpu"), steps=1)
+        method.edit(method.open(picture, 0), Request("make it night"))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("emilie", {"gate": "foo"}, "unknown gate 'foo'"),
+        ("emilie", {"steps": 0}, "steps must be a whole number from 1 to 1000"),
+        ("ip2p", {"pixels": "foo"}, "pixels must be truncate, round or float"),
+        ("concat", {"text_scale": float("nan")}, "text_scale must be a finite number"),
+    ],
+)
+def test_settings_that_no_edit_can_use_are_told_before_the_first_edit(name, settings, message, editor):
+    with pytest.raises(SamplingError, match=message):
+        METHODS[name](editor, **settings)
+
+
+# ---- names
+
+
+def test_a_name_carries_settings():
+    method, settings = parse("emilie:gate=eq8:steps=20:masks=false:text_scale=none")
+    assert method is METHODS["emilie"]
+    assert settings == {"gate": "eq8", "steps": 20, "masks": False, "text_scale": None}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("emily", "no method 'emily': choose from emilie, ip2p"),
+        ("emilie:gates=eq8", "has no setting 'gates', but: gate, rescale"),
+        ("emilie:eq8", "has no setting 'eq8'"),
+        ("emilie:steps=many", "steps must be of type int, not 'many'"),
+        ("emilie:masks=perhaps", "masks must be of type bool"),
+        ("there_is_none.py:Mine", "there is no file there_is_none.py"),
+        ("there_is_none.py", "name the class behind the file"),
+    ],
+)
+def test_a_wrong_name_is_told(spec, message):
+    with pytest.raises(BenchError, match=message):
+        parse(spec)
+
+
+def test_a_method_of_ones_own_comes_from_a_file(mine, tmp_path):
+    method, settings = parse(f"{mine}:strength=0.5")
+    assert method.__name__ == "Mine" and settings == {"strength": 0.5}
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name")
+    with pytest.raises(BenchError, match="cannot be run: ModuleNotFoundError"):
+        parse(f"{tmp_path / 'broken.py'}:Mine")
+    with pytest.raises(BenchError, match="has no class Other"):
+        parse(f"{tmp_path / 'mine.py'}:Other")
+
+
+# ---- runs
+
+
+def test_a_run_is_on_disk_and_says_what_it_was(bench, mine, tmp_path):
+    done = run(bench, ["emilie", f"{mine}:strength=2"], tmp_path / "run", [1, 0], "random", steps=1)
+    assert state(done) == (0, 0)
+    info = done.info
+    assert info["seeds"] == [0, 1] and info["models"]["instructions"] == {"name": "toy/random", "sha256": None}
+    assert info["methods"]["emilie"]["settings"]["steps"] == 1
+    assert info["methods"][f"{mine}:strength=2"]["settings"]["strength"] == 2
+    assert info["versions"]["torch"] == torch.__version__ and len(info["bench_sha256"]) == 64
+    item = done.items[0]
+    folder = tmp_path / "run" / "edits" / "emilie" / "1" / item.id
+    assert Image.open(folder / "0.png").tobytes() == Image.open(item.image).tobytes()
+    canvas = emilie.load("random", "toy", device="cpu").open(item.image, seed=1)
+    for number, turn in enumerate(item.turns, 1):
+        image = canvas.edit(turn.instruction, turn.mask, steps=1)
+        outcome = done.outcome("emilie", 1, item.id, number)
+        assert Image.open(outcome.image).tobytes() == image.tobytes() and outcome.seconds > 0
+        assert torch.equal(load_file(folder / f"{number}.safetensors")["latent"], canvas.latent)
+        assert (outcome.mask is None) == (turn.mask is None)
+
+
+def test_a_killed_run_goes_on_without_redoing_or_losing_an_edit(bench, mine, tmp_path, monkeypatch):
+    def go(out):
+        return run(bench, ["emilie", mine], out, [0, 1], "random", steps=1)
+
+    go(tmp_path / "whole")
+    for stop in (2, 7):  # in the middle of a chain, and between two
+        out = tmp_path / f"stopped-{stop}"
+        monkeypatch.setenv("STOP_AT", str(stop))
+        with pytest.raises(KeyboardInterrupt):
+            go(out)
+        monkeypatch.delenv("STOP_AT")
+        half = {path: path.stat().st_mtime_ns for path in (out / "edits").rglob("[1-9]*.*") if path.is_file()}
+        assert 0 < len(half) < len(files(tmp_path / "whole"))
+        go(out)
+        assert files(out) == files(tmp_path / "whole")
+        assert {path: path.stat().st_mtime_ns for path in half} == half
+
+
+def test_shards_give_what_one_process_gives(bench, tmp_path):
+    for i in (1, 2, 3):
+        done = run(bench, ["emilie", "concat"], tmp_path / "shards", [0, 1], "random", shard=(i, 3), steps=1)
+        assert state(done)[0] == 24 - 8 * i
+    run(bench, ["emilie", "concat"], tmp_path / "one", [0, 1], "random", steps=1)
+    assert files(tmp_path / "shards") == files(tmp_path / "one")
+
+
+def test_a_method_without_randomness_is_run_under_one_seed(bench, mine, tmp_path):
+    path = tmp_path / "still.py"
+    path.write_text(MINE.replace("    editor: object", "    seeded = False\n    editor: object"))
+    done = run(bench, [f"{path}:Mine"], tmp_path / "run", [3, 4], "random")
+    assert state(done) == (0, 0) and sys.modules["emilie_method_still"].Mine.edits == 6
+    three, four = (files_of(tmp_path / "run" / "edits" / slug(f"{path}:Mine") / seed) for seed in ("3", "4"))
+    assert three == four and len(three) == 3 * (1 + 2 * 2)
+
+
+def test_a_failed_edit_is_recorded_ends_its_chain_alone_and_is_tried_again(bench, mine, tmp_path, capsys):
+    spec = f"{mine}:fail_at=2"
+    done = run(bench, [spec, "ip2p"], tmp_path / "run", [0], "random", steps=1)
+    assert state(done) == (0, 3)
+    outcome = done.outcome(spec, 0, done.items[0].id, 2)
+    assert outcome.error == "as asked" and outcome.image is None
+    assert done.outcome(spec, 0, done.items[0].id, 1).image.is_file()
+    before = sys.modules["emilie_method_mine"].Mine.edits
+    run(bench, [spec, "ip2p"], tmp_path / "run", [0], "random", steps=1)
+    again = sys.modules["emilie_method_mine"].Mine.edits  # the file was run anew, so its count began anew
+    assert (before, again) == (6, 3)
+
+
+def test_further_methods_and_seeds_join_a_run_but_other_settings_do_not(bench, tmp_path):
+    out = tmp_path / "run"
+    run(bench, ["ip2p"], out, [0], "random", steps=1)
+    done = run(bench, ["concat"], out, [2], "random", steps=1)
+    assert list(done.info["methods"]) == ["ip2p", "concat"] and done.info["seeds"] == [0, 2]
+    assert state(done) == (12, 0)  # each has run on its own seed only
+    assert list(read_run(out, ["concat", "ip2p"]).info["methods"]) == ["concat", "ip2p"]
+    with pytest.raises(BenchError, match="no method 'emilie', but: ip2p, concat"):
+        read_run(out, ["emilie"])
+    with pytest.raises(BenchError, match="ip2p with other settings"):
+        run(bench, ["ip2p"], out, [0], "random", steps=2)
+    with pytest.raises(BenchError, match="other weights"):
+        run(bench, ["ip2p"], out, [0], None, steps=1)
+
+
+def test_a_benchmark_that_changed_is_told(tmp_path):
+    data.make(tmp_path / "bench", scenes=1, turns=1)
+    run(tmp_path / "bench", ["ip2p"], tmp_path / "run", [0], "random", steps=1)
+    lines = (tmp_path / "bench" / "bench.jsonl").read_text()
+    (tmp_path / "bench" / "bench.jsonl").write_text(lines + "\n")
+    with pytest.raises(BenchError, match="has changed since"):
+        read_run(tmp_path / "run")
+    with pytest.raises(BenchError, match="another bench_sha256"):
+        run(tmp_path / "bench", ["ip2p"], tmp_path / "run", [0], "random", steps=1)
+    with pytest.raises(BenchError, match="is no run"):
+        read_run(tmp_path)
+
+
+# ---- the command
+
+
+def test_torchrun_and_shard_split_the_work():
+    assert which_shard(None, {}) == (1, 1)
+    assert which_shard(None, {"RANK": "2", "WORLD_SIZE": "4"}) == (3, 4)
+    assert which_shard("2/5", {"RANK": "0", "WORLD_SIZE": "1"}) == (2, 5)
+    with pytest.raises(BenchError, match="both split the work"):
+        which_shard("1/2", {"RANK": "0", "WORLD_SIZE": "2"})
+    for text in ("0/2", "3/2", "1", "a/b", "1/"):
+        with pytest.raises(BenchError, match="give I/N"):
+            which_shard(text, {})
+
+
+def test_the_command_from_making_a_benchmark_to_a_run_by_two_processes(tmp_path, capsys):
+    folder, out = str(tmp_path / "bench"), str(tmp_path / "run")
+    assert cli.main(["bench", "make", folder, "--scenes", "2", "--turns", "1"]) == 0
+    assert cli.main(["bench", "check", folder]) == 0
+    assert "2 items, 2 turns" in capsys.readouterr().out
+    command = [sys.executable, "-m", "emilie_min", "bench", "run", folder, "--methods", "emilie", "--steps", "1"]
+    command += ["--weights", "random", "--device", "cpu", "--out", out]
+    ranks = [
+        subprocess.Popen(command, env=os.environ | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2"})
+        for r in (0, 1)
+    ]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    assert state(read_run(out)) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "emily"], "no method 'emily'"),
+        (["--seeds", "one"], "give whole numbers"),
+        (["--shard", "3/2"], "give I/N"),
+        (["--weights", "there_is_none.safetensors"], "no weights at"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, bench, tmp_path, capsys):
+    assert cli.main(["bench", "run", str(bench), "--out", str(tmp_path / "run"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
