@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from . import sampling
 from .canvas import images
+from .canvas.settings import GATES, ITERATES, RESCALES, SAMPLERS
 from .checkpoint.reading import Report
-from .config import GATES, ITERATES, RESCALES, SAMPLERS, Config
+from .config import Config
 from .errors import CanvasError, CheckpointError, EmilieError, InstructionError, MaskError, SamplingError
 from .faster.deepcache import DeepCache
 
@@ -50,7 +51,7 @@ class Editor:
         model: str = "",
         report: Report | None = None,
     ):
-        params = config.model.params
+        params = config.diffusion
         self.config, self.unet, self.vae, self.text = config, unet, vae, text
         self.device, self.dtype, self.model, self.report = torch.device(device), dtype, model, report
         self.scale_factor = params.scale_factor
@@ -203,7 +204,7 @@ class Editor:
         defaults, original = self.config.sampling, images.read_image(image)
         native = isinstance(resolution, str) and resolution == "native"
         resolution = defaults.resolution if resolution is None else resolution
-        multiple = self.vae.factor * 2**self.unet.halvings if native else defaults.multiple
+        multiple = self.vae.factor * 2**self.unet.num_downsamples if native else defaults.multiple
         size = images.fit_size(original.size, resolution, multiple)
         picture = images.crop(original, size) if native else images.fit(original, size)
         with memory_told(f"at {size[0]}x{size[1]} px: lower --resolution"):
@@ -215,7 +216,7 @@ class Editor:
 
     def check_can_edit(self) -> None:
         """Raises CheckpointError for a UNet without room for the picture's latent."""
-        if self.unet.in_channels != 2 * self.config.model.params.channels:
+        if self.unet.in_channels != 2 * self.config.diffusion.channels:
             raise CheckpointError(
                 f"{self.model} takes {self.unet.in_channels} channels and editing needs 8, a noisy latent and the "
                 "picture's: these are Stable Diffusion weights; get InstructPix2Pix's with `emilie download`"

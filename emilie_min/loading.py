@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from .checkpoint import reading
-from .config import BUILT_IN, TOKENIZER_FILES, Config, load_config
-from .emilie import Editor, memory_told
-from .errors import CheckpointError, EmilieError, TokenizerError
-from .text import TextEncoder
+from .config import BUILT_IN, Config, load_config
+from .emilie import Editor
+from .errors import CheckpointError, ConfigError, EmilieError, TokenizerError, explain_oom, printable
+from .text import TOKENIZER_FILES, TextEncoder
 from .unet import UNetModel
 from .vae import AutoencoderKL
 
@@ -59,10 +59,10 @@ def load(
                 raise CheckpointError(f"{weights} is {reading.describe(entries)}")
     name, config = str(config), load_config(config)
     tokenizers = ([Path(tokenizer)] if tokenizer else []) + [f / sub for f in folders for sub in ("tokenizer", ".")]
-    with torch.device("cpu" if weights == "random" else "meta"), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # for "random"; nothing is drawn on the meta device
-        networks = build(config, tuple(tokenizers))
-    with memory_told("while the weights were loaded"):
+    with explain_oom("while the weights were loaded"):
+        with torch.device("cpu" if weights == "random" else "meta"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # for "random"; nothing is drawn on the meta device
+            networks = build(config, tuple(tokenizers))
         if weights == "random":
             report = reading.Report("random")
             for network in networks.values():
@@ -79,13 +79,23 @@ def load(
 
 
 def build(config: Config, tokenizer_folders: tuple[str | Path, ...] = ()) -> dict[str, nn.Module]:
-    """The three networks of a config: "unet", "vae", "text". Under `torch.device("meta")` they take no memory."""
-    params = config.model.params
-    return {
-        "unet": UNetModel(params.unet_config.params),
-        "vae": AutoencoderKL(params.first_stage_config.params),
-        "text": TextEncoder(params.cond_stage_config.params, tokenizer_folders),
-    }
+    """The three networks of a config: "unet", "vae", "text". Under `torch.device("meta")` they take no memory.
+
+    Raises ConfigError, with PyTorch's reason, for sizes of which no network can be built.
+    """
+    try:
+        part = "unet"
+        unet = UNetModel(config.unet)
+        part = "vae"
+        vae = AutoencoderKL(config.vae)
+        part = "text"
+        text = TextEncoder(config.text, tokenizer_folders)
+    except Exception as error:  # of whatever layer it is
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        raise ConfigError(printable(f"config {config.name}: {part}: no network has these sizes: {reason}")) from error
+    return {"unet": unet, "vae": vae, "text": text}
 
 
 def weights_folders() -> list[Path]:

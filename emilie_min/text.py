@@ -8,19 +8,21 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .config import TOKENIZER_FILES, TextParams
+from .config import TextConfig
 from .errors import InstructionError, TokenizerError
 
+TOKENIZER_FILES = ("vocab.json", "merges.txt")  # CLIP's
 LENGTH = 77  # tokens, the first and the last of which mark the ends
 
 
 class TextEncoder(nn.Module):
     """Token ids to the context that the UNet attends to: the last hidden state, after the final layer norm."""
 
-    def __init__(self, config: TextParams, tokenizer_folders: tuple[str | Path, ...] = ()):
+    def __init__(self, config: TextConfig, tokenizer_folders: tuple[str | Path, ...] = ()):
         super().__init__()
         self.config, self.tokenizer_folders = config, tokenizer_folders
-        self.transformer = CLIPTextModel(CLIPTextConfig(**vars(config.text_config), attn_implementation="sdpa"))
+        sizes = {key: value for key, value in vars(config).items() if key not in ("words", "version")}
+        self.transformer = CLIPTextModel(CLIPTextConfig(**sizes, attn_implementation="sdpa"))
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: (B, 77) integers -> (B, 77, D)."""
@@ -32,8 +34,7 @@ class TextEncoder(nn.Module):
         Raises InstructionError for a text of more than 75 tokens (unless `truncate`) and for words that a small
         model does not know, TokenizerError where CLIP's tokenizer files are needed and not found.
         """
-        text_config = self.config.text_config
-        rows = torch.full((len(texts), LENGTH), text_config.pad_token_id)
+        rows = torch.full((len(texts), LENGTH), self.config.pad_token_id)
         for row, text in zip(rows, texts):
             ids = self._words(text) if self.config.words else self._clip.encode(text, add_special_tokens=False)
             if len(ids) > LENGTH - 2 and not truncate:
@@ -42,11 +43,11 @@ class TextEncoder(nn.Module):
                     f"the instruction has {len(ids)} tokens and the model reads {LENGTH - 2}: shorten it. "
                     f'After "...{kept[-40:]}" this would be cut: "{cut}"'
                 )
-            if max(ids, default=0) >= text_config.vocab_size:
+            if max(ids, default=0) >= self.config.vocab_size:
                 raise TokenizerError(
-                    f"the tokenizer has more tokens than this text model's {text_config.vocab_size}: another model's"
+                    f"the tokenizer has more tokens than this text model's {self.config.vocab_size}: another model's"
                 )
-            ids = [text_config.bos_token_id, *ids[: LENGTH - 2], text_config.eos_token_id]
+            ids = [self.config.bos_token_id, *ids[: LENGTH - 2], self.config.eos_token_id]
             row[: len(ids)] = torch.tensor(ids)
         return rows
 

@@ -170,7 +170,7 @@ class UNetModel(nn.Module):
         super().__init__()
         c, groups, emb = config.model_channels, config.num_groups, 4 * config.model_channels
         self.in_channels, self.out_channels, self.model_channels = config.in_channels, config.out_channels, c
-        self.halvings = len(config.channel_mult) - 1
+        self.num_downsamples = len(config.channel_mult) - 1
 
         def res(channels: int, out: int) -> ResBlock:
             return ResBlock(channels, emb, out, groups)
@@ -188,7 +188,7 @@ class UNetModel(nn.Module):
                 blocks.append([res(ch, mult * c), *attend(mult * c, level)])
                 ch = mult * c
                 skips.append(ch)
-            if level < self.halvings:
+            if level < self.num_downsamples:
                 blocks.append([Downsample(ch)])
                 skips.append(ch)
         self.input_blocks = nn.ModuleList(TimestepEmbedSequential(*block) for block in blocks)
@@ -212,12 +212,12 @@ class UNetModel(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """x: (B, 8, h, w) or (B, 4, h, w), t: (B,) timesteps in [0, 999], context: (B, 77, D) -> eps (B, 4, h, w).
 
-        Raises ImageError where a side of the latent cannot be halved `halvings` times.
+        Raises ImageError where a side of the latent cannot be halved `num_downsamples` times.
         """
-        if x.shape[-2] % 2**self.halvings or x.shape[-1] % 2**self.halvings:
+        if x.shape[-2] % 2**self.num_downsamples or x.shape[-1] % 2**self.num_downsamples:
             raise ImageError(
                 f"a latent of {x.shape[-2]}x{x.shape[-1]} does not fit this UNet: it halves and doubles each side "
-                f"{self.halvings} times, so both must be multiples of {2**self.halvings}"
+                f"{self.num_downsamples} times, so both must be multiples of {2**self.num_downsamples}"
             )
         emb = self.time_embed(timestep_embedding(t, self.model_channels).to(x.dtype))
         skips = []

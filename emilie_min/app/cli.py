@@ -12,8 +12,8 @@ import warnings
 from pathlib import Path
 
 from ..bench.cli import add_commands
+from ..canvas.settings import GATES, ITERATES, RESCALES, SAMPLERS
 from ..checkpoint.writing import replacing
-from ..config import GATES, ITERATES, RESCALES, SAMPLERS
 from ..errors import CanvasError, EmilieError, InstructionError, MaskError
 from ..speed.report import add_options
 from ..speed.report import run as run_speed

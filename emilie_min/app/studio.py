@@ -26,8 +26,8 @@ from pathlib import Path
 from PIL import Image
 
 from ..canvas.session import open_canvas
+from ..canvas.settings import GATES
 from ..canvas.strip import OUTLINE, enlarge, strip
-from ..config import GATES
 from ..emilie import Canvas, Editor
 from ..errors import CanvasError, EmilieError, MaskError
 from ..toy import judge, world

@@ -88,7 +88,7 @@ def open_canvas(path: str | Path, editor: Editor) -> Canvas:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CanvasError(f"{path} cannot be read as a canvas: {reason}") from error
     width, height = states[0].image.size
-    shape = (1, editor.config.model.params.channels, height // editor.vae.factor, width // editor.vae.factor)
+    shape = (1, editor.config.diffusion.channels, height // editor.vae.factor, width // editor.vae.factor)
     if len(sizes) > 1 or any(tuple(z.shape) != shape for z in latents):
         raise CanvasError(f"{path} was made with {about['model']}, whose latents {editor.model} cannot use")
     if (about["model"], about["dtype"]) != (editor.model, str(editor.dtype)):

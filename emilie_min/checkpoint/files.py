@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ..config import TOKENIZER_FILES, Config, load_config
+from ..config import Config, load_config
 from ..errors import CheckpointError, EmilieError, TokenizerError
 from . import writing
 
@@ -18,7 +18,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 SAFETENSORS_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 REPOSITORY, WEIGHTS = "timbrooks/instruct-pix2pix", "instruct-pix2pix-00-22000.safetensors"
-CLIP, TOKENIZER = "openai/clip-vit-large-patch14", TOKENIZER_FILES
+CLIP, TOKENIZER = "openai/clip-vit-large-patch14", ("vocab.json", "merges.txt")
 TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")  # taken where the repository has them
 
 

@@ -144,7 +144,7 @@ def follow(
     editor = method.editor
     settings = settle(method)
     tokens = editor.text.tokenize([text, ""], truncate=True)
-    end = editor.text.config.text_config.eos_token_id
+    end = editor.text.config.eos_token_id
     cond, uncond = editor.text(tokens.to(editor.device)).split(1)
     shape = tuple(z_img.shape)
     latent = editor.sample(

@@ -70,7 +70,7 @@ class PlugAndPlay(TextToImage):
 
     def __post_init__(self):
         super().__post_init__()
-        total = self.editor.config.model.params.timesteps
+        total = self.editor.config.diffusion.timesteps
         self.inversion_steps = total - 1 if self.inversion_steps is None else self.inversion_steps
         ddim.timesteps(whole(self.inversion_steps, "inversion_steps"), total)  # raises where there are none
         self.check_fraction("feature_steps")

@@ -86,7 +86,7 @@ class TextToImage(Method):
     guidance: float | None = None
 
     def __post_init__(self):
-        unet, params, defaults = self.editor.unet, self.editor.config.model.params, self.editor.config.sampling
+        unet, params, defaults = self.editor.unet, self.editor.config.diffusion, self.editor.config.sampling
         if unet.in_channels != params.channels:
             raise CheckpointError(
                 f"{self.editor.model} takes {unet.in_channels} channels and {type(self).__name__} needs "

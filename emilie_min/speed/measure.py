@@ -110,10 +110,10 @@ class Inputs:
     """
 
     def __init__(self, entrant: Entrant, batch: int, resolution: int):
-        params, device = entrant.config.model.params, entrant.device
-        text, generator = params.cond_stage_config.params.text_config, torch.Generator().manual_seed(0)
+        config, device = entrant.config, entrant.device
+        text, generator = config.text, torch.Generator().manual_seed(0)
         side = resolution // entrant.factor
-        self.shape = (batch, params.channels, side, side)
+        self.shape = (batch, config.diffusion.channels, side, side)
         self.pixels = 2 * torch.rand((batch, 3, resolution, resolution), generator=generator) - 1
         self.pixels = self.pixels.to(device, entrant.dtype)
         self.token_ids = torch.randint(text.vocab_size, (batch + 1, LENGTH), generator=generator).to(device)
@@ -165,14 +165,13 @@ def flops(config: Config, batch: int, resolution: int) -> dict[str, int]:
     Counted on the meta device: nothing is computed, and attention, which the counter does not know in the CPU's fused
     form, is made of matrix products there.
     """
-    params = config.model.params
     counted = {}
     with torch.device("meta"), torch.no_grad():
         networks = build(config)
         side = resolution // networks["vae"].factor
-        z = torch.empty(batch, params.channels, side, side)
-        stacked = torch.empty(3 * batch, params.unet_config.params.in_channels, side, side)
-        context = torch.empty(3 * batch, LENGTH, params.unet_config.params.context_dim)
+        z = torch.empty(batch, config.diffusion.channels, side, side)
+        stacked = torch.empty(3 * batch, config.unet.in_channels, side, side)
+        context = torch.empty(3 * batch, LENGTH, config.unet.context_dim)
         parts = {
             "encode": lambda: networks["vae"].encode(torch.empty(batch, 3, resolution, resolution)),
             "text": lambda: networks["text"](torch.zeros(batch + 1, LENGTH, dtype=torch.long)),
@@ -271,7 +270,7 @@ def prepare(setting: Setting, made: dict[str, Callable[[], Entrant]]) -> dict[st
         entrants[name] = entrant = make()
         if name == "emilie":
             entrant.editor.check_can_edit()
-            multiple = entrant.factor * 2**entrant.editor.unet.halvings
+            multiple = entrant.factor * 2**entrant.editor.unet.num_downsamples
             if setting.resolution % multiple:
                 raise EmilieError(f"--resolution {setting.resolution}: this model needs a multiple of {multiple} px")
             if setting.threads and entrant.device.type != "cpu":

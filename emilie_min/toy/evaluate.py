@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..canvas import images
-from ..config import GATES, RESCALES, SAMPLERS
+from ..canvas.settings import GATES, RESCALES, SAMPLERS
 from ..emilie import Canvas, Editor, random_latent
 from ..errors import SamplingError
 from ..methods import ddim
@@ -253,7 +253,7 @@ def captions(editor: Editor, scenes: int, batch: int = 16) -> dict:
         context = torch.cat([uncond.expand(len(truths), -1, -1), editor.context([world.caption(s) for s in truths])])
 
         eps = partial(predict, editor, context.to(editor.dtype), defaults.text_scale)
-        noise = random_latent((len(truths), editor.config.model.params.channels, side, side), first)()
+        noise = random_latent((len(truths), editor.config.diffusion.channels, side, side), first)()
         for x, truth in zip(editor.decode(ddim.sample(eps, noise.to(editor.device), levels, alphas)), truths):
             shown = read(images.to_image(x[None])).scene
             right.append(shown == replace(truth, objects=shown.objects) and named(shown) == named(truth))
@@ -270,7 +270,7 @@ def evaluate(editor: Editor, scenes: int, out: Path | None = None, quick: bool =
 
     Of the text-to-image model only the autoencoder and `captions`.
     """
-    small, edit = max(1, scenes // 4), editor.unet.in_channels > editor.config.model.params.channels
+    small, edit = max(1, scenes // 4), editor.unet.in_channels > editor.config.diffusion.channels
     parts = [(autoencoder, scenes), (edits if edit else captions, scenes)]
     if edit and not quick:
         parts += [(held_out, small), (drift, max(1, scenes // 10)), (rescales, small), (gates, small), (regions, small)]

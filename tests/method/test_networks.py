@@ -72,7 +72,7 @@ def test_autoencoder(networks, goldens, small_config, shape):
     vae, image, z = networks["vae"], goldens[f"vae.{shape}.image"], goldens[f"vae.{shape}.z"]
     assert error(torch.cat(vae.moments(image), dim=1), goldens[f"vae.{shape}.moments"]) <= SINGLE
     assert error(vae.encode(image), goldens[f"vae.{shape}.mode"]) <= SINGLE
-    assert error(vae.decode(z / small_config.model.params.scale_factor), goldens[f"vae.{shape}.decoded"]) <= SINGLE
+    assert error(vae.decode(z / small_config.diffusion.scale_factor), goldens[f"vae.{shape}.decoded"]) <= SINGLE
 
 
 @torch.no_grad()
