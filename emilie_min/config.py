@@ -15,6 +15,7 @@ from omegaconf import MISSING, OmegaConf
 from .errors import ConfigError, printable
 
 BUILT_IN = ("ip2p", "sd15", "toy", "toy-t2i")
+GATES = ("anchor", "eq8", "guidance")  # what a mask does: see `Editor.steps`
 
 
 @dataclass

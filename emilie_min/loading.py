@@ -9,6 +9,7 @@ from .checkpoint import reading
 from .config import BUILT_IN, Config, load_config
 from .emilie import Editor
 from .errors import CheckpointError, ConfigError, EmilieError, TokenizerError, explain_oom, printable
+from .faster.half import HalfAutoencoderKL
 from .text import TOKENIZER_FILES, TextEncoder
 from .unet import UNetModel
 from .vae import AutoencoderKL
@@ -28,7 +29,7 @@ def load(
     weights: None = the small model that ships, a .ckpt or .safetensors path, or "random"; config: one of
     `config.BUILT_IN`, a YAML path, or None = told by the file's tensors; device, dtype: None = CUDA in float16 if there
     is one, else CPU in float32; tokenizer: a folder with CLIP's vocab.json and merges.txt; compile: the fast path,
-    the same results to rounding, see `fast`; low_memory: the lean path, slower, see `lean`.
+    the same results to rounding, see `faster.fast`; low_memory: slower, see `faster.low_memory`.
     Raises CheckpointError, ConfigError.
     """
     if tokenizer and not all((Path(tokenizer) / name).is_file() for name in TOKENIZER_FILES):
@@ -63,6 +64,8 @@ def load(
         with torch.device("cpu" if weights == "random" else "meta"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # for "random"; nothing is drawn on the meta device
             networks = build(config, tuple(tokenizers))
+            if dtype != torch.float32:
+                networks["vae"] = HalfAutoencoderKL(config.vae)
         if weights == "random":
             report = reading.Report("random")
             for network in networks.values():
@@ -74,8 +77,8 @@ def load(
     if compile:
         from .faster.fast import FastEditor as kind
     elif low_memory:
-        from .faster.low_memory import LeanEditor as kind
-    return kind(config, **networks, device=device, dtype=dtype, model=model, report=report)
+        from .faster.low_memory import LowMemoryEditor as kind
+    return kind(config, **networks, device=device, dtype=dtype, model=model, family=report.family)
 
 
 def build(config: Config, tokenizer_folders: tuple[str | Path, ...] = ()) -> dict[str, nn.Module]:

@@ -220,7 +220,7 @@ def _chain(run: Run, spec: str, method, seed: int, item: data.Item, bar) -> int:
     """All turns of a chain that are not on disk yet. The number of turns that are finished."""
     from ..canvas import images
     from ..checkpoint.reading import write
-    from ..emilie import memory_told
+    from ..errors import explain_oom
     from ..methods import Request
 
     folder = run.folder(spec, seed, item.id)
@@ -250,7 +250,7 @@ def _chain(run: Run, spec: str, method, seed: int, item: data.Item, bar) -> int:
     for i, request in enumerate(requests[finished:], finished + 1):
         started, error = time.perf_counter(), None
         try:
-            with memory_told(f"in {spec}: lower the config's resolution"):
+            with explain_oom(f"in {spec}: lower the config's resolution"):
                 chain = method.edit(chain, request)
         except EmilieError as e:
             error = str(e)

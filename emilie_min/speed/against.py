@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import sampling
-from ..emilie import Editor, random_latent
+from ..emilie import Editor
 from ..errors import EmilieError
 from ..loading import load
 
@@ -75,7 +75,7 @@ class Ours(Entrant):
     ) -> Tensor:
         """From unit noise (B, 4, h, w) to a latent; stream: of the noise between the steps, None = as an edit's."""
         sigmas = sampling.get_sigmas(steps, self.alphas_cumprod)
-        stream = stream or random_latent(tuple(noise.shape), 0, "edit", 0)
+        stream = stream or sampling.noise_stream(tuple(noise.shape), 0, "edit", 0)
         return self.editor.sample(z_img, cond, uncond, sigmas, noise, stream, **SCALES)
 
     def decode(self, z: Tensor) -> Tensor:  # (B, 4, h, w) -> (B, 3, H, W)

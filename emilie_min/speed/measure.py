@@ -19,10 +19,11 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..canvas.canvas import check_can_edit
 from ..config import Config
-from ..emilie import memory_told, random_latent
-from ..errors import EmilieError
+from ..errors import EmilieError, explain_oom
 from ..loading import build
+from ..sampling import noise_stream
 from ..text import LENGTH
 from .against import Entrant, builders
 
@@ -140,7 +141,7 @@ def outputs(entrant: Entrant, inputs: Inputs, whole: bool) -> dict[str, Tensor]:
     given = inputs.z_img, inputs.cond, inputs.uncond
     out = {"step": inputs.x - entrant.stepper(*given)(inputs.x, SIGMA)}
     if whole and entrant.whole:
-        stream = random_latent(inputs.shape, 0, "speed")
+        stream = noise_stream(inputs.shape, 0, "speed")
         out["encode"], out["text"] = entrant.encode(inputs.pixels), entrant.text(inputs.token_ids)
         out["denoise"] = entrant.denoise(*given, inputs.noise, CHECK_STEPS, stream)
         out["decode"] = entrant.decode(inputs.noise)
@@ -202,7 +203,7 @@ def measure(setting: Setting, say: Callable[[str], None] = lambda line: None) ->
     """All that `emilie speed` reports, in JSON's types, every repeat's seconds as they were. Raises EmilieError."""
     threads = torch.get_num_threads()
     try:
-        with memory_told(f"at {setting.resolution} px: lower --resolution or --batch"):
+        with explain_oom(f"at {setting.resolution} px: lower --resolution or --batch"):
             result = timings(setting, say)
         if result["machine"]["cuda"]:
             torch.cuda.empty_cache()
@@ -269,7 +270,7 @@ def prepare(setting: Setting, made: dict[str, Callable[[], Entrant]]) -> dict[st
     for name, make in made.items():
         entrants[name] = entrant = make()
         if name == "emilie":
-            entrant.editor.check_can_edit()
+            check_can_edit(entrant.editor)
             multiple = entrant.factor * 2**entrant.editor.unet.num_downsamples
             if setting.resolution % multiple:
                 raise EmilieError(f"--resolution {setting.resolution}: this model needs a multiple of {multiple} px")
