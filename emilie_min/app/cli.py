@@ -105,6 +105,7 @@ def parser() -> Parser:
     page.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this computer only)")
     page.add_argument("--port", type=int, default=7860, help="default: 7860; 0 takes any free one")
     page.add_argument("--open", action="store_true", help="open the browser too")
+    page.add_argument("--auth", metavar="USER:PASSWORD", help="who may come in (beyond this computer default: a link)")
     add_model_options(page)
     add_path_options(page)
 
@@ -284,8 +285,8 @@ def run_edit(args: argparse.Namespace) -> None:
 def run_studio(args: argparse.Namespace) -> None:
     from .studio import listen, studio
 
-    listen(args.host, args.port).close()  # a missing gradio or a taken port is told before weights are loaded
-    studio(load_editor(args), args.host, args.port, args.open)
+    listen(args.host, args.port, args.auth).close()  # what cannot work is told before weights are loaded
+    studio(load_editor(args), args.host, args.port, args.open, args.auth)
 
 
 def need_small_world(editor) -> None:
