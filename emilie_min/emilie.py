@@ -110,9 +110,7 @@ class Editor:
         return guide(cond, img_cond, uncond, text_scale, image_scale)
 
     @torch.no_grad()
-    def branches(
-        self, x: Sequence[Tensor], sigma: Scale, seen: Sequence[Tensor], told: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def branches(self, x: list[Tensor], sigma: Scale, seen: list[Tensor], told: list[Tensor]) -> list[Tensor]:
         """What the UNet predicts in k branches, which differ in what they see and are told, as one batch of kB rows.
 
         x: k times (B, 4, h, w); seen: k image latents (B or 1, 4, h, w); told: k contexts (B or 1, 77, D); sigma: a
