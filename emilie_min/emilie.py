@@ -11,7 +11,6 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -22,9 +21,8 @@ from torch import Tensor, nn
 from . import sampling
 from .canvas import images
 from .canvas.settings import GATES, ITERATES, RESCALES, SAMPLERS
-from .checkpoint.reading import Report
 from .config import Config
-from .errors import CanvasError, CheckpointError, EmilieError, InstructionError, MaskError, SamplingError
+from .errors import CanvasError, CheckpointError, InstructionError, MaskError, SamplingError, explain_oom
 from .faster.deepcache import DeepCache
 
 Mask = images.Picture | images.Box
@@ -49,11 +47,11 @@ class Editor:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         model: str = "",
-        report: Report | None = None,
+        family: str = "",
     ):
         params = config.diffusion
         self.config, self.unet, self.vae, self.text = config, unet, vae, text
-        self.device, self.dtype, self.model, self.report = torch.device(device), dtype, model, report
+        self.device, self.dtype, self.model, self.family = torch.device(device), dtype, model, family
         self.scale_factor = params.scale_factor
         self.alphas_cumprod = sampling.alphas_cumprod(params.linear_start, params.linear_end, params.timesteps)
         self.log_sigmas = sampling.log_sigmas(self.alphas_cumprod)
@@ -207,7 +205,7 @@ class Editor:
         multiple = self.vae.factor * 2**self.unet.num_downsamples if native else defaults.multiple
         size = images.fit_size(original.size, resolution, multiple)
         picture = images.crop(original, size) if native else images.fit(original, size)
-        with memory_told(f"at {size[0]}x{size[1]} px: lower --resolution"):
+        with explain_oom(f"at {size[0]}x{size[1]} px: lower --resolution"):
             z_img = self.encode(picture).cpu()
         seed = whole(seed, "seed")
         root = State("", self.scale_factor * z_img, picture)
@@ -329,7 +327,7 @@ class Canvas:
         if cells is None and keep_background:
             raise MaskError("keep_background needs a mask for every instruction: without one there is no background")
 
-        with memory_told(f"at {parent.image.width}x{parent.image.height} px: lower --resolution"):
+        with explain_oom(f"at {parent.image.width}x{parent.image.height} px: lower --resolution"):
             cond, uncond = editor.context([*texts, ""]).split([len(texts), 1])
             z_img, f = self.image_latent(rescale, iterate)
             latent = editor.sample(
@@ -499,17 +497,3 @@ def checked(settings: dict) -> dict:
         if not abs(settings[key]) < float("inf"):
             raise SamplingError(f"{key} must be a finite number")
     return settings
-
-
-@contextmanager
-def memory_told(where_and_what: str):
-    """Say what to lower where memory does not suffice, on a GPU or on the CPU."""
-    try:
-        yield
-    except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
-        cuda = isinstance(error, torch.cuda.OutOfMemoryError)
-        if not cuda and "can't allocate memory" not in str(error):
-            raise
-        raise EmilieError(
-            f"out of {'CUDA ' if cuda else ''}memory {where_and_what}, use --dtype float16, or close what else uses it"
-        ) from error

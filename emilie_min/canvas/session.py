@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from ..checkpoint import reading
+from ..checkpoint.writing import write_tensors
 from ..emilie import Canvas, Editor, State
 from ..errors import CanvasError
 
@@ -42,7 +42,7 @@ def save_canvas(canvas: Canvas, path: str | Path) -> None:
         ],
     }
     try:
-        reading.write(tensors, path, {"format": FORMAT, "canvas": json.dumps(about)})
+        write_tensors(tensors, path, {"format": FORMAT, "canvas": json.dumps(about)})
     except OSError as error:
         raise CanvasError(f"{path}: cannot write the canvas: {error.strerror or error}") from error
 

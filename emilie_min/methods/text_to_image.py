@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..canvas import images
-from ..emilie import Editor, memory_told, random_latent, whole
-from ..errors import CheckpointError, InstructionError, SamplingError
+from ..emilie import Editor, random_latent, whole
+from ..errors import CheckpointError, InstructionError, SamplingError, explain_oom
 from . import ddim
 from .base import Chain, Method, Request
 
@@ -113,7 +113,7 @@ class TextToImage(Method):
                 'show: give the request a caption, or set prompt to "instruction"'
             )
         before = (request.before or "") if self.prompt == "caption" else ""
-        with memory_told(f"at {chain.image.width}x{chain.image.height} px: lower --resolution"):
+        with explain_oom(f"at {chain.image.width}x{chain.image.height} px: lower --resolution"):
             source = editor.scale_factor * editor.encode(chain.image)
             draw = random_latent(tuple(source.shape), chain.seed, "edit", len(chain.requests))
             alphas = editor.alphas_cumprod.double().tolist()

@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..checkpoint.networks import build
 from ..config import Config
-from ..emilie import memory_told, random_latent
-from ..errors import EmilieError
-from ..loading import build
+from ..emilie import random_latent
+from ..errors import EmilieError, explain_oom
 from ..text import LENGTH
 from .against import Entrant, builders
 
@@ -202,7 +202,7 @@ def measure(setting: Setting, say: Callable[[str], None] = lambda line: None) ->
     """All that `emilie speed` reports, in JSON's types, every repeat's seconds as they were. Raises EmilieError."""
     threads = torch.get_num_threads()
     try:
-        with memory_told(f"at {setting.resolution} px: lower --resolution or --batch"):
+        with explain_oom(f"at {setting.resolution} px: lower --resolution or --batch"):
             result = timings(setting, say)
         if result["machine"]["cuda"]:
             torch.cuda.empty_cache()
