@@ -1,4 +1,4 @@
-"""What the READMEs say of the code is so: the core that they print, the files and links that they name, the paper's table."""
+"""What the READMEs say of the code is so: the printed core, the named files and links, the paper's table."""
 
 import ast
 import re
