@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -146,7 +146,7 @@ def load_config(name: str | Path) -> Config:
     return config
 
 
-def _settings(given: dict[str, object], above: str = "") -> Iterator[tuple[str, str, object]]:
+def _settings(given: dict[str, Any], above: str = "") -> Iterator[tuple[str, str, object]]:
     """(section, the key's full path in the file, value) of all that is neither ignored nor fixed."""
     for key, value in given.items():
         path = f"{above}.{key}".lstrip(".")
