@@ -24,7 +24,7 @@ _MODULES = ("config", "emilie", "errors", "loading", "sampling", "text", "unet",
 __all__ = ["EmilieError", *_HOME]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     if name in _MODULES:

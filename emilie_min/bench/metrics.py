@@ -215,9 +215,9 @@ def _load(name: str | Path, model: str, processor: str, device: str) -> tuple:
     from huggingface_hub.errors import HFValidationError
     from transformers.utils import logging
 
-    from ..loading import _device
+    from ..loading import pick_device
 
-    device = _device(device)
+    device = pick_device(device)
     folder, verbosity = Path(name).is_dir(), logging.get_verbosity()
     try:
         cached = folder or try_to_load_from_cache(str(name), "config.json")  # a path, or something else that is none
@@ -340,9 +340,9 @@ class LpipsScorer:
     """LPIPS (Zhang et al. 2018), AlexNet, version 0.1, by the package `lpips`. Raises BenchError without it."""
 
     def __init__(self, device: str = "cpu"):
-        from ..loading import _device
+        from ..loading import pick_device
 
-        self.device = _device(device)
+        self.device = pick_device(device)
         try:
             from lpips import LPIPS
 

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..checkpoint.writing import replacing, write_bytes
-from ..errors import BenchError, EmilieError
+from ..checkpoint.writing import atomic_write, write_bytes, write_tensors
+from ..errors import BenchError, EmilieError, explain_oom
 from . import data
 
 
@@ -160,7 +160,7 @@ def run(
 
 def _load(needed: list[str], weights: dict, device, dtype, tokenizer) -> tuple[dict, dict]:
     from .. import loading
-    from ..checkpoint.files import hash_file
+    from ..checkpoint.download import hash_file
 
     editors, models = {}, {}
     for role in needed:
@@ -219,8 +219,6 @@ def _work(run: Run, methods: dict, chains: list[tuple[int, data.Item]]) -> None:
 def _chain(run: Run, spec: str, method, seed: int, item: data.Item, bar) -> int:
     """All turns of a chain that are not on disk yet. The number of turns that are finished."""
     from ..canvas import images
-    from ..checkpoint.reading import write
-    from ..errors import explain_oom
     from ..methods import Request
 
     folder = run.folder(spec, seed, item.id)
@@ -258,7 +256,7 @@ def _chain(run: Run, spec: str, method, seed: int, item: data.Item, bar) -> int:
         else:
             _save_image(chain.image, folder / f"{i}.png")
             if chain.latent is not None:
-                write({"latent": chain.latent}, folder / f"{i}.safetensors", {})
+                write_tensors({"latent": chain.latent}, folder / f"{i}.safetensors", {})
             if chain.mask is not None:
                 _save_image(chain.mask, folder / f"{i}_mask.png")
         record = {
@@ -290,7 +288,7 @@ def _resume(chain, folder: Path, turn: int, requests: tuple):
 
 
 def _save_image(image: Image.Image, path: Path) -> None:
-    with replacing(path) as f:
+    with atomic_write(path) as f:
         image.save(f, format="PNG")
 
 

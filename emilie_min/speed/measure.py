@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..canvas.canvas import check_can_edit
+from ..checkpoint.networks import build
 from ..config import Config
 from ..errors import EmilieError, explain_oom
-from ..loading import build
 from ..sampling import noise_stream
 from ..text import LENGTH
 from .against import Entrant, builders

@@ -40,8 +40,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoint import reading
-from ..checkpoint.writing import replacing
+from ..checkpoint.tokenizer import Tokenizer
+from ..checkpoint.writing import atomic_write, write_tensors
 from ..config import load_config
 from ..sampling import alphas_cumprod
 from ..text import TextEncoder
@@ -103,7 +103,7 @@ class Run:
         if RANK:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as f:
+        with atomic_write(self.path) as f:
             torch.save({"step": self.step, **{name: part.state_dict() for name, part in self.parts.items()}}, f)
 
 
@@ -185,7 +185,7 @@ class Editing(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.unet = UNetModel(config.unet)
-        self.text = TextEncoder(config.text)
+        self.text = TextEncoder(config.text, Tokenizer(config.text))
 
 
 @torch.no_grad()
@@ -284,7 +284,7 @@ def export(args, config) -> None:
         old = next(p for p in prefixes if key.startswith(p))
         out[prefixes[old] + key.removeprefix(old)] = value
     out = {key: value.to(torch.float16).contiguous() for key, value in out.items() if value.is_floating_point()}
-    reading.write(out, args.out, {"family": "EMA", "config": args.config, "steps": str(edit["step"])})
+    write_tensors(out, args.out, {"family": "EMA", "config": args.config, "steps": str(edit["step"])})
     print(f"{args.out}: {len(out)} tensors, {args.out.stat().st_size / 1e6:.1f} MB, after {edit['step']} steps")
 
 
