@@ -13,6 +13,7 @@ import re
 import secrets
 import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -163,14 +164,16 @@ def routes(visitors: Mapping) -> list[Route]:
         """A file from a visitor: it lies here, for this user's eyes only, until it is opened."""
         visitor, name, size = who(request), request.query_params.get("name", ""), 0
         visitor.uploaded = name, None
-        file = tempfile.NamedTemporaryFile(prefix="emilie-", suffix=".safetensors" * name.endswith(".safetensors"))
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > UPLOAD:
-                return PlainTextResponse(f"more than {UPLOAD >> 20} MB", 413)
-            file.write(chunk)
-        file.flush()
-        visitor.uploaded = name, file
+        folder = tempfile.TemporaryDirectory(prefix="emilie-")
+        path = Path(folder.name) / ("upload" + ".safetensors" * name.endswith(".safetensors"))
+        with open(path, "wb") as file:
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > UPLOAD:
+                    folder.cleanup()
+                    return PlainTextResponse(f"more than {UPLOAD >> 20} MB", 413)
+                file.write(chunk)
+        visitor.uploaded = name, folder  # which goes when it is read, when the visitor goes, or at the end
         return Response(status_code=204)
 
     async def save(request: Request) -> Response:

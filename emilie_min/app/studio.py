@@ -52,7 +52,7 @@ def serve(editor: Editor, local: bool = True, password: str = "", link: str = ""
 
 
 def listen(host: str = "127.0.0.1", port: int = 7860, password: str | None = None) -> socket.socket:
-    """Take a port for the page, 0 = any. Raises EmilieError: it is taken, gradio is missing, half a password is given."""
+    """Take a port for the page, 0 = any. Raises EmilieError: it is taken, gradio is missing, a password has no user."""
     if password is not None and not all(password.partition(":")):
         raise EmilieError("--auth is USER:PASSWORD")
     if importlib.util.find_spec("gradio") is None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from html import escape
 from pathlib import Path
-from typing import IO
 
 from PIL import Image
 
@@ -36,16 +35,20 @@ class Visitor:
         self.canvas: Canvas | None = None
         self.name = ""  # of the files to save
         self.paint: Image.Image | None = None  # the mask of an edit that was undone, so that it can be tried again
-        self.uploaded: tuple[str, IO[bytes] | None] = "", None  # a file's name, and itself if it has arrived whole
+        self.uploaded: tuple[str, tempfile.TemporaryDirectory | None] = (
+            "",
+            None,
+        )  # a file's name; where it lies, if whole
         self.busy, self.stopped = threading.Lock(), False
 
     def open_uploaded(self) -> str:
         """Go on with the file that was uploaded, which is removed."""
-        (name, file), self.uploaded = self.uploaded, ("", None)
-        if file is None:
+        (name, folder), self.uploaded = self.uploaded, ("", None)
+        if folder is None:
             raise ImageError(f"{printable(name, 100) or 'the file'} did not arrive: is it larger than 256 MB?")
-        with file:
-            return self.open(file.name, name)
+        with folder as place:
+            (path,) = Path(place).iterdir()
+            return self.open(str(path), name)
 
     def open(self, path: str, name: str = "") -> str:
         """Go on with a picture, or with a canvas that was saved (.safetensors); name: what the visitor calls it."""

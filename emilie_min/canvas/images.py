@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
+from ..checkpoint.writing import atomic_write
 from ..emilie import Editor
 from ..errors import ImageError, MaskError, SamplingError
 
@@ -76,6 +77,16 @@ def _from_array(array: np.ndarray, error: type[Exception]) -> Image.Image:
     elif array.dtype != np.uint8:
         raise error(f"an array must be uint8, bool or float, not {array.dtype}")
     return Image.fromarray(np.ascontiguousarray(array))
+
+
+def save(image: Image.Image, path: Path) -> Path:
+    """A PNG, whole or not at all; -> the path. Raises ImageError."""
+    try:
+        with atomic_write(path) as f:
+            image.save(f, format="PNG")
+    except OSError as error:
+        raise ImageError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
 
 
 def fit_size(size: tuple[int, int], resolution: int | str, multiple: int) -> tuple[int, int]:

@@ -175,8 +175,8 @@ def test_uploads(caller, tmp_path, monkeypatch):
     world.render(world.scene(9)).save(out, "PNG")
     for name in ("a.png", "../../a.png", "/etc/passwd", "..\\a", "a\0b", "a" * 5000, "\x1b[31m", "<b>", ""):
         assert caller.upload(name, out.getvalue()) == 204
-        (file,) = (tmp_path / "temp").iterdir()
-        assert file.stat().st_mode & 0o77 == 0
+        (folder,) = (tmp_path / "temp").iterdir()
+        assert folder.stat().st_mode & 0o77 == 0 and len(list(folder.iterdir())) == 1
         told = caller.do(OPENED, [None])
         assert "is open" in told and "\\u001b" not in told and "/temp/" not in told
         assert np.array_equal(caller.visitor.canvas.image, world.render(world.scene(9)))
