@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from emilie_min.checkpoint import files, reading
 from emilie_min.config import load_config
+from emilie_min.emilie import Editor
 from emilie_min.toy import world
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
@@ -56,6 +57,12 @@ def networks(small_config, small_ckpt):
     networks = files.meta_networks(small_config)
     reading.load(networks, small_ckpt, "cpu", torch.float32)
     return networks
+
+
+@pytest.fixture(scope="session")
+def small(small_config, networks):
+    """An `Editor` on the goldens' model."""
+    return Editor(small_config, **networks)
 
 
 @pytest.fixture
