@@ -7,6 +7,7 @@ import torch
 from pseudo import DATA, manifest, state_dict, write_ckpt
 from safetensors.torch import load_file
 
+import emilie_min as emilie
 from emilie_min.checkpoint import files, reading
 from emilie_min.config import load_config
 from emilie_min.emilie import Editor
@@ -63,6 +64,12 @@ def networks(small_config, small_ckpt):
 def small(small_config, networks):
     """An `Editor` on the goldens' model."""
     return Editor(small_config, **networks)
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """The small model that ships, as it loads on a CPU; shared, so not to be changed."""
+    return emilie.load(device="cpu")
 
 
 @pytest.fixture
