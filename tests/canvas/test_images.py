@@ -154,7 +154,9 @@ def test_masks_are_scaled_by_area():
     soft = np.asarray(images.read_mask(stripes, (128, 128), (32, 32), soft=True))
     assert (abs(soft[:16] - 63.75) <= 1).all() and (abs(soft[16:] - 127.5) <= 1).all()
     cells = images.latent_mask(Image.fromarray(stripes), 8, soft=True)
-    assert torch.allclose(cells[..., :8, :], torch.tensor(0.25)) and torch.allclose(cells[..., 8:, :], torch.tensor(0.5))
+    assert torch.allclose(cells[..., :8, :], torch.tensor(0.25)) and torch.allclose(
+        cells[..., 8:, :], torch.tensor(0.5)
+    )
     hard = images.latent_mask(images.read_mask(stripes, (128, 128), (128, 128)), 8)
     assert not hard[..., :8, :].any() and hard[..., 8:, :].all()
 

@@ -1,23 +1,19 @@
 """Several instructions in one pass, each in its own mask: the energies add, and nothing else about an edit changes."""
 
 import copy
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from command import MODEL, run
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 import emilie_min as emilie
-from emilie_min import sampling
-from emilie_min.canvas.settings import GATES
-from emilie_min.errors import CanvasError, InstructionError, MaskError
-from emilie_min.toy import evaluate, world
+from emilie_min.canvas import regions
+from emilie_min.config import GATES
+from emilie_min.errors import InstructionError, MaskError
+from emilie_min.sampling import get_sigmas
+from emilie_min.toy import world
 
 FAST = {"steps": 2}
 NIGHT, DAY, COMIC = "make it night", "make it day", "turn it into a comic"
@@ -37,11 +33,6 @@ class Pointwise(nn.Module):
         return 0.3 * x[:, :4] + 0.2 * x[:, 4:] + context[:, 1:5, 0, None, None]
 
 
-@pytest.fixture(scope="module")
-def editor():
-    return emilie.load("random", "toy", device="cpu")
-
-
 @pytest.fixture
 def pointwise(editor):
     editor = copy.copy(editor)
@@ -49,13 +40,8 @@ def pointwise(editor):
     return editor
 
 
-@pytest.fixture
-def canvas(editor):
-    return open_canvas(editor)
-
-
 def open_canvas(editor):
-    return editor.open(world.render(world.scene(3)), seed=5)
+    return emilie.open(world.render(world.scene(3)), editor, seed=5)
 
 
 def area(x0: int, y0: int, x1: int, y1: int, value: int = 255) -> Image.Image:
@@ -74,38 +60,37 @@ def latent_of(editor, *args, **settings) -> torch.Tensor:
     return canvas.latent
 
 
-def test_one_region_is_an_edit_with_one_mask_to_the_bit(editor, canvas):
+def test_one_region_is_an_edit_with_one_mask_to_the_bit(canvas):
     ramp = np.tile(np.linspace(0, 1, 64), (64, 1))
-    for gate in GATES:
-        for mask, soft in ((LEFT, False), (ramp, True), (None, False)):
-            single, region = (
-                canvas.branch(0) and canvas.edit(*args, gate=gate, soft=soft, **FAST) and canvas.state
-                for args in ((NIGHT, mask), ([(NIGHT, mask)],))
-            )
-            assert torch.equal(single.latent, region.latent) and single.image.tobytes() == region.image.tobytes()
-            assert region.instruction == NIGHT and region.regions == [] and region.settings == single.settings
-            assert single.mask == region.mask
+    for mask, soft in ((LEFT, False), (ramp, True), (None, False)):
+        single, region = (
+            canvas.branch(0) and canvas.edit(*args, soft=soft, **FAST) and canvas.state
+            for args in ((NIGHT, mask), ([(NIGHT, mask)],))
+        )
+        assert torch.equal(single.latent, region.latent) and single.image.tobytes() == region.image.tobytes()
+        assert region.instruction == NIGHT and region.regions == [] and region.settings == single.settings
+        assert single.mask == region.mask
 
 
 def test_shares_are_a_partition_of_unity():
     masks = torch.rand(3, 1, 1, 6, 5, generator=torch.Generator().manual_seed(0))
     masks[:, ..., 0, :] = 0  # outside
     masks[1:, ..., 1, :] = 0  # the first alone
-    shares, union = sampling.partition(list(masks))
+    shares, union = regions.partition(list(masks))
     assert shares.shape == (3, 1, 1, 6, 5) and torch.equal(union, masks.amax(0))
     assert (shares.sum(0) - 1).abs().max() < 1e-6 and shares.min() >= 0
     assert torch.allclose(shares[..., 2:, :], masks[..., 2:, :] / masks[..., 2:, :].sum(0))
     assert (shares[0, ..., 1, :] == 1).all() and torch.allclose(shares[..., 0, :], torch.tensor(1 / 3))
-    alone, union = sampling.partition([masks[0]])
+    alone, union = regions.partition([masks[0]])
     assert (alone == 1).all() and torch.equal(union, masks[0])
 
 
 def test_everywhere_else_is_the_remainder_and_leaves_no_outside():
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., :2], mask[..., 2] = 1, 0.25
-    shares, union = sampling.partition([mask, None])
+    shares, union = regions.partition([mask, None])
     assert union is None and torch.equal(shares[0], mask) and torch.equal(shares[1], 1 - mask)
-    shares, union = sampling.partition([None])
+    shares, union = regions.partition([None])
     assert union is None and (shares == 1).all()
 
 
@@ -115,29 +100,63 @@ def test_the_energies_add(pointwise):
     b, sigma, text_scale, image_scale = 2, 3.0, 7.5, 1.5
     draw = torch.Generator().manual_seed(1)
     x, z_img = torch.randn(2, b, 4, 6, 5, generator=draw)
-    context = pointwise.context([NIGHT, DAY, COMIC, ""])
-    weights, _ = sampling.partition(list(torch.rand(3, 1, 1, 6, 5, generator=draw)))
-    guided = pointwise.denoise(x, sigma, z_img, context[:3], context[3:], text_scale, image_scale, weights)
+    *conds, null = pointwise.context([NIGHT, DAY, COMIC, ""]).split(1)
+    shares, _ = regions.partition(list(torch.rand(3, 1, 1, 6, 5, generator=draw)))
+    guided = regions.denoiser(pointwise, z_img, conds, null, shares, text_scale, image_scale)(x, sigma)
 
     z_t = x / (sigma**2 + 1) ** 0.5
-    bias = context[:, 1:5, 0, None, None]
-    *conds, img_cond = (x - sigma * (0.3 * z_t + 0.2 * z_img + c) for c in bias)
-    uncond = x - sigma * (0.3 * z_t + bias[3])
-    energies = sum(w * (cond - img_cond) for w, cond in zip(weights, conds))
+    *biases, bias = (context[:, 1:5, 0, None, None] for context in (*conds, null))
+    *each, img_cond = (x - sigma * (0.3 * z_t + 0.2 * z_img + c) for c in (*biases, bias))
+    uncond = x - sigma * (0.3 * z_t + bias)
+    energies = sum(share * (cond - img_cond) for share, cond in zip(shares, each))
     assert torch.allclose(guided, uncond + image_scale * (img_cond - uncond) + text_scale * energies, atol=1e-4)
     assert energies.abs().max() > 0.1
+    alone = regions.unguided(pointwise, z_img, conds, shares)(x, sigma)
+    assert torch.allclose(alone, sum(share * cond for share, cond in zip(shares, each)), atol=1e-5)
 
 
 @torch.no_grad()
 def test_the_energies_of_a_real_network_add(editor):
     """What several instructions move is the weighted sum of what each one moves alone."""
     x, z_img = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
-    a, b, uncond = editor.context([NIGHT, DAY, ""]).split(1)
-    weights, _ = sampling.partition(list(torch.rand(2, 1, 1, 16, 16, generator=torch.Generator().manual_seed(3))))
-    empty, alone_a, alone_b = (editor.denoise(x, 2.0, z_img, c, uncond, 7.5, 1.5) for c in (uncond, a, b))
-    both = editor.denoise(x, 2.0, z_img, torch.cat([a, b]), uncond, 7.5, 1.5, weights)
-    moved = weights[0] * (alone_a - empty) + weights[1] * (alone_b - empty)
+    a, b, null = editor.context([NIGHT, DAY, ""]).split(1)
+    shares, _ = regions.partition(list(torch.rand(2, 1, 1, 16, 16, generator=torch.Generator().manual_seed(3))))
+    empty, alone_a, alone_b = (editor.denoise(x, 2.0, z_img, c, null, 7.5, 1.5) for c in (null, a, b))
+    both = regions.denoiser(editor, z_img, [a, b], null, shares, 7.5, 1.5)(x, 2.0)
+    moved = shares[0] * (alone_a - empty) + shares[1] * (alone_b - empty)
     assert moved.abs().max() > 1e-3 and torch.allclose(both - empty, moved, atol=1e-5 * both.abs().max().item())
+
+
+@pytest.mark.parametrize("each", [[None], [LEFT], [(NIGHT, LEFT), (DAY, RIGHT)]], ids=["free", "mask", "regions"])
+def test_guidance_in_an_interval(pointwise, each):
+    """Outside it the instructions alone, at the cost of their branches; inside it all as ever."""
+    canvas, each = open_canvas(pointwise), each if len(each) > 1 else [(NIGHT, each[0])]
+    sigmas = get_sigmas(6, pointwise.alphas_cumprod)[:-1].tolist()
+    low, high = sorted(sigmas)[2], sorted(sigmas)[4]  # both ends belong to it
+    settings = {"steps": 6, "text_scale": 3.0, "image_scale": 1.5, "guidance_interval": (low, high)}
+    seen, n = list(canvas.steps(each, **settings)), len(each)
+    assert pointwise.unet.branches == [n + 2 if low <= sigma <= high else n for sigma in sigmas]
+    assert pointwise.unet.branches.count(n) == 3
+    *conds, null = pointwise.context([text for text, _ in each] + [""]).split(1)
+    shares = canvas.read_regions([mask for _, mask in each])[1]
+    for step in seen[:-1]:
+        alone = regions.unguided(pointwise, canvas.z_img, conds, shares)(step.x, step.sigma)
+        guided = regions.denoiser(pointwise, canvas.z_img, conds, null, shares, 3.0, 1.5)(step.x, step.sigma)
+        assert torch.allclose(step.denoised, guided if low <= step.sigma <= high else alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "regions"])
+def test_the_guidance_gate_holds_outside_the_guidance_interval_too(pointwise, several):
+    """Outside the mask an instruction has no effect, at whatever noise level; inside it has."""
+
+    def latent(text):
+        each = [(text, LEFT), (text, RIGHT)] if several else [(text, LEFT)]
+        settings = {"gate": "guidance", "steps": 4, "text_scale": 3.0, "image_scale": 1.5}
+        return latent_of(pointwise, each, guidance_interval=(1.0, 8.0), **settings)
+
+    night, comic = latent(NIGHT), latent(COMIC)
+    assert torch.equal(night[..., BETWEEN], comic[..., BETWEEN])
+    assert not torch.allclose(night[..., LEFT_CELLS], comic[..., LEFT_CELLS], atol=1e-2)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -152,8 +171,8 @@ def test_regions_apart_come_out_as_each_does_alone(pointwise, gate):
 
 def test_outside_all_regions_the_anchor_keeps_the_latent_to_the_bit(canvas):
     source = canvas.latent
-    for regions in ([(NIGHT, LEFT), (DAY, RIGHT)], [(COMIC, RIGHT), (NIGHT, LEFT)]):
-        canvas.edit(regions, **FAST)
+    for each in ([(NIGHT, LEFT), (DAY, RIGHT)], [(COMIC, RIGHT), (NIGHT, LEFT)]):
+        canvas.edit(each, **FAST)
         assert torch.equal(canvas.latent[..., BETWEEN], source[..., BETWEEN])
     for cells in (LEFT_CELLS, RIGHT_CELLS):
         assert not torch.equal(canvas.latent[..., cells], source[..., cells])
@@ -200,7 +219,7 @@ def test_keep_background_keeps_what_is_outside_the_union(canvas):
     after = np.asarray(canvas.edit([(NIGHT, LEFT), (COMIC, RIGHT)], gate="eq8", keep_background=True, **FAST))
     assert (after[:, 24:40] == before[:, 24:40]).all()
     assert all((after[:, columns] != before[:, columns]).any() for columns in (slice(0, 24), slice(40, 64)))
-    assert np.array_equal(canvas.touched(), np.maximum(LEFT, RIGHT))
+    assert np.array_equal(canvas.edited_mask(), np.maximum(LEFT, RIGHT))
 
 
 def test_a_state_tells_its_regions(canvas):
@@ -214,24 +233,45 @@ def test_a_state_tells_its_regions(canvas):
 
 
 @pytest.mark.parametrize(
-    ("edit", "error", "match"),
+    ("instruction", "mask", "error"),
     [
-        ({"instruction": []}, InstructionError, "one or more"),
-        ({"instruction": [NIGHT, DAY]}, InstructionError, r"\[\(instruction, mask\), ...\]"),
-        ({"instruction": (NIGHT, LEFT)}, InstructionError, r"\[\(instruction, mask\), ...\]"),
-        ({"instruction": [(NIGHT, LEFT), (DAY,)]}, InstructionError, r"\[\(instruction, mask\), ...\]"),
-        ({"instruction": [(NIGHT, LEFT), (" ", RIGHT)]}, InstructionError, "empty"),
-        ({"instruction": [(LEFT, NIGHT)]}, InstructionError, "not Image"),
-        ({"instruction": [(NIGHT, LEFT), ("make it winter", RIGHT)]}, InstructionError, "'winter'"),
-        ({"instruction": [(NIGHT, LEFT)], "mask": RIGHT}, MaskError, "its own mask"),
-        ({"instruction": [(NIGHT, LEFT), (DAY, area(0, 0, 0, 0))]}, MaskError, "empty"),
-        ({"instruction": [(NIGHT, LEFT), (DAY, (0, 0, 1, 64))]}, MaskError, "vanishes"),
-        ({"instruction": [(NIGHT, LEFT), (DAY, None), (COMIC, None)]}, MaskError, "only one"),
-        ({"instruction": [(NIGHT, (0, 0, 64, 64)), (DAY, None)]}, MaskError, "nothing is left"),
-        ({"instruction": [(NIGHT, LEFT), (DAY, None)], "keep_background": True}, MaskError, "every instruction"),
+        ("", None, InstructionError),
+        ("  ", None, InstructionError),
+        (None, None, InstructionError),
+        ([], None, InstructionError),
+        ([NIGHT, DAY], None, InstructionError),
+        ((NIGHT, LEFT), None, InstructionError),
+        ([(NIGHT, LEFT), (DAY,)], None, InstructionError),
+        ([(NIGHT, LEFT), (" ", RIGHT)], None, InstructionError),
+        ([(LEFT, NIGHT)], None, InstructionError),
+        ([(NIGHT, LEFT)], RIGHT, MaskError),
     ],
+    ids=str,
 )
-def test_bad_regions_change_nothing(canvas, edit, error, match):
-    with pytest.raises(error, match=match):
-        canvas.edit(**edit)
-    assert len(canvas.states) == 1
+def test_what_is_no_instruction(instruction, mask, error):
+    with pytest.raises(error):
+        regions.read(instruction, mask, allow_empty=False)
+
+
+def test_an_empty_instruction_where_it_is_allowed(canvas):
+    assert regions.read("", None, allow_empty=True) == ([""], [None])
+    canvas.edit("", allow_empty=True, **FAST)
+    assert canvas.state.instruction == ""
+
+
+@pytest.mark.parametrize(
+    ("each", "match"),
+    [
+        ([(NIGHT, LEFT), (DAY, None), (COMIC, None)], "only one"),
+        ([(NIGHT, (0, 0, 64, 64)), (DAY, None)], "nothing is left"),
+    ],
+    ids=str,
+)
+def test_masks_that_leave_an_instruction_nothing(canvas, each, match):
+    with pytest.raises(MaskError, match=match):
+        canvas.edit(each, **FAST)
+
+
+def test_a_background_needs_an_outside(canvas):
+    with pytest.raises(MaskError, match="every instruction"):
+        canvas.edit([(NIGHT, LEFT), (DAY, None)], keep_background=True, **FAST)

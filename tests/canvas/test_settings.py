@@ -41,7 +41,9 @@ def test_what_no_edit_can_use_is_refused_by_its_name(wrong):
 
 
 def test_numbers_become_plain_ones():
-    settings = Settings(steps=np.int64(3), seed=np.int32(-7), text_scale=np.float32(2), soft=1, guidance_interval=[0, 5])
+    settings = Settings(
+        steps=np.int64(3), seed=np.int32(-7), text_scale=np.float32(2), soft=1, guidance_interval=[0, 5]
+    )
     values = settings.steps, settings.seed, settings.text_scale, settings.soft, settings.guidance_interval
     assert values == (3, -7, 2.0, True, (0.0, 5.0))
     assert [type(value) for value in values] == [int, int, float, bool, tuple]
