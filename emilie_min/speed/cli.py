@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -58,7 +59,7 @@ def parts(text: str) -> list[str]:
 
 
 def minutes(text: str) -> float:
-    if not 0 < float(text) < 1e6:
+    if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) or not float(text):
         raise argparse.ArgumentTypeError(f"must be a positive number of minutes, not {text}")
     return float(text)
 

@@ -172,7 +172,8 @@ def machine(editor) -> dict:
     cuda, cpu = editor.device.type == "cuda", platform.processor()
     with suppress(OSError, TypeError):  # on Linux that is no name
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    versions = {name: sys.modules[name].__version__ for name in ("torch", "diffusers") if name in sys.modules}
+    loaded = {name: sys.modules.get(name) for name in ("torch", "diffusers")}
+    versions = {name: module.__version__ for name, module in loaded.items() if module}
     return {
         "name": torch.cuda.get_device_name(editor.device) if cuda else cpu,
         "cuda": cuda,

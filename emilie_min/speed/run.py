@@ -77,7 +77,7 @@ class Run:
     """What was built, and what was found out so far, in `result`; its public methods are the parts of a run."""
 
     def __init__(self, setting: Namespace, deadline: float, save: Callable[[dict], None]):
-        self.setting, self.deadline, self.save = setting, deadline, save
+        self.setting, self.deadline, self.save, self.absent = setting, deadline, save, {}
         self.result = {"setting": vars(setting), "left_out": {}, "runs": [], "equality": {}, "profile": {}}
         self.result |= {"memory": {}, "flags": []}
         setting.config = setting.config or ("ip2p" if setting.weights == "random" else None)
@@ -90,7 +90,7 @@ class Run:
         except EmilieError as error:
             if not setting.full:
                 raise
-            setting.against, self.result["left_out"]["diffusers"] = None, str(error)
+            setting.against, self.absent["diffusers"] = None, str(error)
             self.made = builders(setting)
         self.editor = next(iter(self.made.values()))().editor
         self.editor.check_can_edit()
@@ -104,7 +104,7 @@ class Run:
         setting.batch = setting.batch or ([1, 2, 4, 8] if self.cuda and not setting.full else [1])
         self.base = setting.resolution, setting.batch[0]
         if setting.full and not self.cuda and self.made.pop("diffusers, compiled", None):
-            self.result["left_out"]["diffusers, compiled"] = CUDA_ONLY
+            self.absent["diffusers, compiled"] = CUDA_ONLY
         self.result["machine"] = measure.machine(self.editor)
 
     def all(self) -> None:
@@ -112,6 +112,8 @@ class Run:
         parts = list(self.setting.parts)
         try:
             with stopping_at(self.deadline):
+                for what, why in self.absent.items():
+                    self._leave_out(what, why)
                 while parts:
                     getattr(self, parts[0])()
                     self._say(f"{parts.pop(0)}: done")
