@@ -15,8 +15,7 @@ from ..bench.cli import add_commands
 from ..canvas.settings import GATES, ITERATES, RESCALES, SAMPLERS
 from ..checkpoint.writing import atomic_write
 from ..errors import CanvasError, EmilieError, InstructionError, MaskError
-from ..speed.report import add_options
-from ..speed.report import run as run_speed
+from ..speed.cli import add_options, run_speed
 
 
 class Parser(argparse.ArgumentParser):
