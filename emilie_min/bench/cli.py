@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import BenchError
+from .io import printable
 
 
 def add_commands(bench: argparse.ArgumentParser, add_model_options: Callable) -> None:
@@ -95,23 +96,10 @@ def run_run(args: argparse.Namespace) -> None:
     try:
         seeds = [int(seed) for seed in names(args.seeds)]
     except ValueError:
-        raise BenchError(f"--seeds {args.seeds}: give whole numbers, as in 0,1,2") from None
-    if not seeds or not names(args.methods):
-        raise BenchError("--seeds and --methods need at least one each")
-    done = run.run(
-        args.folder,
-        names(args.methods),
-        args.out,
-        seeds,
-        args.weights,
-        args.captions_weights,
-        device,
-        args.dtype,
-        args.tokenizer,
-        shard,
-        steps=args.steps,
-        prompt=args.prompt,
-    )
+        raise BenchError(f"--seeds {printable(args.seeds, 60)}: give whole numbers, as in 0,1,2") from None
+    models = run.Models(args.weights, args.captions_weights, args.config, device, args.dtype, args.tokenizer)
+    common = {"steps": args.steps, "prompt": args.prompt}
+    done = run.run(args.folder, names(args.methods), args.out, seeds, models, shard, **common)
     missing, failed = run.state(done)
     print(f"{args.out}: {missing} edits missing, {failed} failed" if missing or failed else f"{args.out}: complete")
 

@@ -28,7 +28,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -38,11 +38,15 @@ from PIL import Image
 
 from ..errors import BenchError, EmilieError
 from ..toy import world
-from .io import printable, quote
+from .io import fault, printable, quote
 
 FILE = "bench.jsonl"
 MOST = 20  # lines with a fault that are named in one error
-NEEDED = {"id", "image", "turns", "instruction"}
+PICTURES = ("image", "mask", "region", "target")
+TURN = {
+    "instruction": str, "mask?": str, "caption?": str, "region?": str, "target?": str, "truth?": dict
+}  # fmt: skip
+ITEM = {"id": str, "image": str, "turns": [TURN], "caption?": str, "truth?": dict, "meta?": dict}
 ID = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.-]+")  # a file name everywhere
 
 KINDS = {"imie": 4, "drift": 16}  # of benchmark to `make`, and their turns
@@ -80,7 +84,7 @@ class Item:
 
 
 def read(folder: str | Path) -> list[Item]:
-    """The items of a benchmark, paths absolute; no picture is opened. Raises BenchError with each line's first fault."""
+    """The items of a benchmark, paths absolute; no picture is opened. BenchError names each line's first fault."""
     return _load(folder)
 
 
@@ -130,60 +134,30 @@ def _item(line: str, folder: Path) -> Item:
     except (ValueError, RecursionError) as error:
         why = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
         raise ValueError(f"not valid JSON ({why}): one item stands on one line") from None
-    file = partial(_file, folder)
-    turn = {"instruction": _text, "mask": file, "caption": _text, "region": file, "target": file, "truth": _scene}
-
-    def turns(value: object) -> tuple[Turn, ...]:
-        if not isinstance(value, list) or not value:
-            raise ValueError("must be a list of one or more edits")
-        return tuple(_build(Turn, entry, turn, f"turn {i}: ") for i, entry in enumerate(value, 1))
-
-    item = {"id": _id, "image": file, "turns": turns, "caption": _text, "truth": _scene, "meta": _meta}
-    return _build(Item, record, item)
+    if found := fault(record, ITEM):
+        raise ValueError(found)
+    if not ID.fullmatch(record["id"]):
+        raise ValueError(f"id must be of letters, digits, _, - and ., not {quote(record['id'])}")
+    turns = [Turn(**_values(turn, TURN, folder, f"turns[{i}].")) for i, turn in enumerate(record["turns"])]
+    return Item(**_values(record, ITEM, folder, "") | {"turns": tuple(turns)})
 
 
-def _build(kind: type, record: object, known: dict[str, Callable], at: str = "") -> Item | Turn:
-    """An Item or Turn of a JSON object, each field through its function; null is as good as absent."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{at}must be an object, {{...}}, not {quote(record)}")
-    if unknown := sorted(record.keys() - known.keys()):
-        choices = f"choose from {', '.join(known)}; notes of your own go into meta"
-        raise ValueError(f"{at}unknown key {quote(unknown[0])}: {choices}")
-    values = {}
-    for key, convert in known.items():
-        if record.get(key) is not None:
+def _values(record: dict, shape: dict, folder: Path, at: str) -> dict:
+    """An item's or turn's fields: names of files become paths, dictionaries scenes; null is as good as absent."""
+    known, values = [name.removesuffix("?") for name in shape], {}
+    convert = {"truth": _scene, **dict.fromkeys(PICTURES, partial(file_in, folder))}
+    for key, value in record.items():
+        if key not in known:
+            choices = f"choose from {', '.join(known)}; notes of your own go into meta"
+            raise ValueError(f"{at}{printable(key, 60)} is not known here: {choices}")
+        if value is not None:
             try:
-                values[key] = convert(record[key])
+                if isinstance(value, str):
+                    value.encode()  # half of a surrogate pair, which JSON allows, is a ValueError
+                values[key] = convert[key](value) if key in convert else value
             except ValueError as error:
                 raise ValueError(f"{at}{key}: {error}") from None
-        elif key in NEEDED:
-            raise ValueError(f"{at}{key!r} is missing")
-    return kind(**values)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"must be a text, not {quote(value)}")
-    if not value.strip():
-        raise ValueError("is empty: write what is meant, or leave it out where it is not needed")
-    value.encode()  # half of a surrogate pair, which JSON allows, is a ValueError
-    return value
-
-
-def _id(value: object) -> str:
-    if not isinstance(value, str) or not ID.fullmatch(value):
-        raise ValueError(f'must be a text of letters, digits, "_", "-" and ".", not {quote(value)}')
-    return value
-
-
-def _meta(value: object) -> dict:
-    if not isinstance(value, dict):
-        raise ValueError(f"must be an object, {{...}}, not {quote(value)}")
-    return value
-
-
-def _file(folder: Path, value: object) -> Path:
-    return file_in(folder, _text(value))
+    return values
 
 
 def file_in(folder: Path, name: str) -> Path:
@@ -222,8 +196,8 @@ def _open(item: Item) -> None:
     from ..canvas import images
 
     size = None
-    for where, entry in [("", item), *((f"turn {i}: ", turn) for i, turn in enumerate(item.turns, 1))]:
-        for part in ("image", "mask", "region", "target"):
+    for where, entry in [("", item), *((f"turns[{i}].", turn) for i, turn in enumerate(item.turns))]:
+        for part in PICTURES:
             path = getattr(entry, part, None)
             try:
                 if path and part in ("image", "target"):
@@ -266,7 +240,7 @@ def write(folder: str | Path, items: Iterable[Item]) -> str:
         if folder.exists():
             folder.rmdir()
         unfinished.rename(folder)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise BenchError(f"{folder} cannot be written: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

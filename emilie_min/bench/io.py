@@ -1,4 +1,4 @@
-"""What comes from files: JSON of a known shape, pictures, and texts made fit to be quoted. Nothing here needs PyTorch."""
+"""What comes from files: JSON of a known shape, pictures, texts fit to be quoted. Nothing here needs PyTorch."""
 
 import json
 import reprlib
@@ -44,28 +44,34 @@ def read_json(path: str | Path, shape: Shape, what: str) -> dict:
     return value
 
 
-def fault(value: object, shape: Shape, at: str = "it") -> str | None:
+def fault(value: object, shape: Shape, at: str = "") -> str | None:
     """The first place where a JSON value departs from a shape, and how; None where it has it.
 
-    A shape is a type or a union of types; [shape], a list; {"name": shape}, an object with these fields and maybe
-    others; {...: shape}, an object of any names. Of texts, lists and objects of any names none may be empty.
+    A shape is a type or a union of types; [shape], a list; {"name": shape, "other?": shape}, an object with the first
+    field and maybe the second or further ones; {...: shape}, an object of any names. Null is as good as an absent
+    field. Of texts, lists and objects of any names none may be empty.
     """
+    where = at or "it"
     if isinstance(shape, (dict, list)) and value in ({}, []) or isinstance(value, str) and not value.strip():
-        return f"{at} is empty"
+        return f"{where} is empty"
     if isinstance(shape, dict) and isinstance(value, dict):
-        for key in value if ... in shape else shape:
+        for name in value if ... in shape else shape:
+            optional = name in shape and name.endswith("?")
+            key = name[:-1] if optional else name
+            if optional and value.get(key) is None:
+                continue
             if key not in value:
-                return f"{at} lacks {key!r}"
-            if found := fault(value[key], shape.get(..., shape.get(key)), f"{at}[{quote(key)}]"):
+                return f"{where} lacks {key!r}"
+            place = f"{at}.{key}".lstrip(".") if key.isidentifier() else f"{at}[{quote(key)}]"
+            if found := fault(value[key], shape.get(..., shape.get(name)), place):
                 return found
         return None
     if isinstance(shape, list) and isinstance(value, list):
-        found = (fault(entry, shape[0], f"{at}[{i}]") for i, entry in enumerate(value))
-        return next(filter(None, found), None)
+        return next(filter(None, (fault(entry, shape[0], f"{at}[{i}]") for i, entry in enumerate(value))), None)
     kinds = get_args(shape) or (type(shape) if isinstance(shape, (dict, list)) else shape,)
-    if type(value) in kinds:
+    if type(value) in kinds and not (isinstance(value, (int, float)) and not abs(value) < 1e300):  # nor NaN
         return None
-    return f"{at} must be {' or '.join(WORDS.get(kind, 'a list') for kind in kinds)}, not {quote(value)}"
+    return f"{where} must be {' or '.join(WORDS.get(kind, 'a list') for kind in kinds)}, not {quote(value)}"
 
 
 def open_picture(path: str | Path) -> Image.Image:

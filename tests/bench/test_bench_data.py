@@ -104,45 +104,45 @@ def turned(**fields):
 FAULTS = {  # a change to the second line, and what must be said of it
     "{": "not valid JSON (Expecting property name enclosed in double quotes at character 2): one item",
     "[" * 100_000: "not valid JSON",
-    "[1, 2]": "must be an object, {...}, not [1, 2]",
-    dropped("id"): "'id' is missing",
-    dropped("image"): "'image' is missing",
-    dropped("turns"): "'turns' is missing",
+    "[1, 2]": "it must be an object, not [1, 2]",
+    dropped("id"): "lacks 'id'",
+    dropped("image"): "lacks 'image'",
+    dropped("turns"): "lacks 'turns'",
     given(id="a"): "the id 'a' is that of line 1 too: give each item its own",
-    given(id="a/b"): "id: must be a text of letters",
-    given(id=".."): "id: must be a text of letters",
-    given(id=5): "id: must be a text of letters",
-    given(image=5): "image: must be a text, not 5",
+    given(id="a/b"): "id must be of letters",
+    given(id=".."): "id must be of letters",
+    given(id=5): "id must be a text",
+    given(image=5): "image must be a text, not 5",
     given(image="images/none.png"): "image: there is no file images/none.png",
     given(image="images"): "image: there is no file images",
     given(image="../outside.png"): "image: '../outside.png' lies outside the folder: copy",
     given(image="images/../../outside.png"): "lies outside the folder",
     given(image="/etc/hostname"): "lies outside the folder",
     given(image="images\\a.png"): 'write the path with "/"',
-    given(mask="masks/a.png"): "unknown key 'mask': choose from id, image, turns, caption, truth, meta",
-    given(meta="mine"): "meta: must be an object, {...}, not 'mine'",
-    given(caption=["a"]): "caption: must be a text, not ['a']",
-    given(turns=[]): "turns: must be a list of one or more edits",
-    given(turns={"instruction": "x"}): "turns: must be a list of one or more edits",
-    given(turns=["make it blue"]): "turn 1: must be an object, {...}, not 'make it blue'",
-    given(turns=[{}]): "turn 1: 'instruction' is missing",
-    turned(instruction=" "): "turn 2: instruction: is empty",
-    turned(instruction="\ud800"): "turn 2: instruction: 'utf-8' codec can't encode",
-    given(image="a" * 10**6): "image: there is no file aaa",
-    given(image="\x1b[31m.png"): "image: there is no file ?[31m.png",
-    given(id="\x1b[31m" * 10**5): "id: must be a text of letters",
-    given(**{"\x1b]0;title\x07": 1}): "unknown key",
-    given(turns=[{"\x9b2J" * 10**5: 1}]): "turn 1: unknown key",
-    turned(instruction=3): "turn 2: instruction: must be a text, not 3",
-    turned(masks="masks/a.png"): "turn 2: unknown key 'masks': choose from instruction, mask, caption, region",
-    turned(mask="masks/none.png"): "turn 2: mask: there is no file masks/none.png",
-    turned(region="../masks/a.png"): "turn 2: region: '../masks/a.png' lies outside",
-    turned(truth={"ground": "sand"}): "turn 2: truth: is no scene of the small world",
-    given(truth="sand"): "truth: is no scene",
+    given(mask="masks/a.png"): "mask is not known here: choose from id, image, turns, caption, truth, meta",
+    given(meta="mine"): "meta must be an object, not 'mine'",
+    given(caption=["a"]): "caption must be a text, not ['a']",
+    given(turns=[]): "turns is empty",
+    given(turns={"instruction": "x"}): "turns must be a list",
+    given(turns=["make it blue"]): "turns[0] must be an object, not 'make it blue'",
+    given(turns=[{"mask": "masks/a.png"}]): "turns[0] lacks 'instruction'",
+    turned(instruction=" "): "turns[1].instruction is empty",
+    turned(instruction="\ud800"): "turns[1].instruction: 'utf-8' codec can't encode",
+    turned(instruction=3): "turns[1].instruction must be a text, not 3",
+    turned(masks="masks/a.png"): "turns[1].masks is not known here: choose from instruction, mask, caption, region",
+    turned(mask="masks/none.png"): "turns[1].mask: there is no file masks/none.png",
+    turned(region="../masks/a.png"): "turns[1].region: '../masks/a.png' lies outside",
+    turned(truth={"ground": "sand"}): "turns[1].truth: is no scene of the small world",
+    given(truth="sand"): "truth must be an object",
     given(truth={**SCENE.to_dict(), "ground": "lava"}): "truth: is no scene",
     given(truth={**SCENE.to_dict(), "sky": "blue"}): "truth: is no scene",
     given(truth={**SCENE.to_dict(), "objects": SCENE.to_dict()["objects"][:1] * 2}): "truth: is no scene",
     given(truth=replace(SCENE, objects=(replace(SCENE.objects[0], dx=9),)).to_dict()): "truth: is no scene",
+    given(image="a" * 10**6): "image: there is no file aaa",
+    given(image="\x1b[31m.png"): "image: there is no file ?[31m.png",
+    given(id="\x1b[31m" * 10**5): "id must be of letters",
+    given(**{"\x1b]0;title\x07": 1}): "]0;title? is not known here",
+    turned(**{"\x9b2J" * 10**5: 1}): "2J?2J",
 }
 
 
@@ -161,13 +161,13 @@ def saved(name, image):
 OPENED = {  # a picture spoilt, and what `check` must say
     "image: .* cannot be read as a picture": lambda folder: (folder / "images/a.png").write_bytes(b"\x89PNG"),
     "image: .* too small: 16 px a side at least": saved("images/a.png", picture((8, 8))),
-    r"turn 1: mask: .*masks/a.png cannot be read": lambda folder: (folder / "masks/a.png").write_text("no"),
-    r"turn 1: mask: the mask has 48x64 px and the picture 64x48: make them the same": saved(
+    r"turns.0..mask: .*masks/a.png cannot be read": lambda folder: (folder / "masks/a.png").write_text("no"),
+    r"turns.0..mask: the mask has 48x64 px and the picture 64x48: make them the same": saved(
         "masks/a.png", box((48, 64))
     ),
-    "turn 1: mask: the mask is empty: white marks": saved("masks/a.png", Image.new("L", (64, 48))),
-    "turn 1: mask: nothing is left of the mask: it is fainter": saved("masks/a.png", box().point(lambda v: v // 4)),
-    "turn 1: mask: the mask's values are 0 and 1": saved("masks/a.png", box().point(lambda v: v // 255)),
+    "turns.0..mask: the mask is empty: white marks": saved("masks/a.png", Image.new("L", (64, 48))),
+    "turns.0..mask: nothing is left of the mask: it is fainter": saved("masks/a.png", box().point(lambda v: v // 4)),
+    "turns.0..mask: the mask's values are 0 and 1": saved("masks/a.png", box().point(lambda v: v // 255)),
 }
 
 
@@ -185,8 +185,8 @@ def test_check_opens_regions_and_targets_and_compares_truths_with_the_picture(be
     saved("masks/tall.png", box((48, 64)))(bench)
     (bench / "images/broken.png").write_text("no")
     for change, told in (
-        (turned(region="masks/tall.png"), "turn 2: region: the mask has 48x64 px"),
-        (turned(target="images/broken.png"), "turn 2: target: "),
+        (turned(region="masks/tall.png"), "turns[1].region: the mask has 48x64 px"),
+        (turned(target="images/broken.png"), "turns[1].target: "),
         (turned(truth=SCENE.to_dict()), "truth: the picture is 64x48 px and no picture of the small world"),
     ):
         spoil(bench, change)
@@ -198,10 +198,10 @@ def test_check_opens_regions_and_targets_and_compares_truths_with_the_picture(be
 
 def test_each_lines_first_fault_is_told_up_to_twenty(bench):
     good = json.loads((bench / "bench.jsonl").read_text().splitlines()[0])
-    lines(bench, good, "{", good | {"id": "c", "x": 1, "turns": [{"instruction": ""}, {}]}, good | {"id": "d", "y": 2})
+    lines(bench, good, "{", good | {"id": "c", "x": 1, "turns": [{"instruction": ""}]}, good | {"id": "d", "y": 2})
     told = refused(data.check, bench).splitlines()
     assert [line.split(": ")[0].rpartition(":")[2] for line in told] == ["2", "3", "4"]
-    assert "'x'" in told[1] and "'y'" in told[2]
+    assert "turns[0].instruction is empty" in told[1] and "y is not known" in told[2]
     lines(bench, *(good | {"id": f"i{i}", "image": "none.png"} for i in range(25)))
     told = refused(data.check, bench).splitlines()
     assert len(told) == 21 and told[-1] == "... and 5 more" and "bench.jsonl:20: " in told[19]
@@ -270,10 +270,11 @@ def test_nothing_half_written_remains(tmp_path):
     assert "mask.png" in refused(data.write, tmp_path / "out", items)  # item 2's mask is missing
     small = replace(items[0], turns=(Turn("x", box((32, 32))),))
     message = refused(data.write, tmp_path / "out", [small])  # found by the check of the whole
-    assert f"{tmp_path}/out/bench.jsonl:1: turn 1: mask: the mask has 32x32 px" in message
+    assert f"{tmp_path}/out/bench.jsonl:1: turns[0].mask: the mask has 32x32 px" in message
     assert "line 1 too" in refused(data.write, tmp_path / "out", [items[0], items[0]])
     assert "an id must be of letters" in refused(data.write, tmp_path / "out", [replace(items[0], id="../up")])
     assert "has no items" in refused(data.write, tmp_path / "out", [])
+    assert "cannot be written" in refused(data.write, tmp_path / "out", [replace(items[0], meta={"by": "\ud800"})])
     with pytest.raises(KeyboardInterrupt):
         data.write(tmp_path / "out", interrupted(tmp_path))
     assert sorted(tmp_path.iterdir()) == before
@@ -559,11 +560,11 @@ def test_magicbrush_faults(tmp_path, magicbrush):
     mask.unlink()
     assert f"{path}: session '242679', edit 1: there is no file images/242679/242679-mask1.png" in told()
     path.write_text('{"1": [{"input": "a", "mask": "b", "output": "c"}]}')
-    assert "it['1'][0] lacks 'instruction'" in told()
+    assert "['1'][0] lacks 'instruction'" in told()
     path.write_text('{"1": [{"input": "a", "mask": "b", "output": "c", "instruction": " "}]}')
-    assert "it['1'][0]['instruction'] is empty" in told()
+    assert "['1'][0].instruction is empty" in told()
     path.write_text('{"1\\u001b[2J": {"a": 1}}')
-    assert "it['1\\x1b[2J'] must be a list, not {'a': 1}" in told()
+    assert "['1\\x1b[2J'] must be a list, not {'a': 1}" in told()
     for text in ("[]", "{}", '{"1": []}'):
         path.write_text(text)
         assert "is empty" in told()
@@ -654,8 +655,8 @@ def test_piebench_faults(tmp_path, piebench):
     for mask in ([1], [1, 2.0], [-1, 2], [True, 1], [[], 1]):
         assert "mapping_file.json: '000000000000': \"mask\" must be a list of pairs of whole numbers" in told(mask)
     for mask in ("1 2", None):
-        assert "it['000000000000']['mask'] must be a list, not" in told(mask)
-    assert "it['000000000000']['editing_instruction'] is empty" in told([], editing_instruction="")
+        assert "['000000000000'].mask must be a list, not" in told(mask)
+    assert "['000000000000'].editing_instruction is empty" in told([], editing_instruction="")
     assert "there is no file" in told([], image_path="none.jpg")
     assert "lies outside the folder" in told([], image_path="../../../up.jpg")
     picture((640, 512)).save(tmp_path / "pie/annotation_images/wide.jpg")
