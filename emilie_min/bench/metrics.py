@@ -204,16 +204,18 @@ def _load(name: str | Path, model: str, processor: str, device: str) -> tuple:
     The image processor is the one for PIL pictures, whether torchvision is there or not. Raises BenchError.
     """
     import transformers
+    from huggingface_hub import snapshot_download
     from transformers.utils import logging
 
     from ..loading import _device
 
     device, folder, verbosity = _device(device), Path(name).is_dir(), logging.get_verbosity()
     kind = getattr(transformers, processor + "Pil", None) or getattr(transformers, processor)  # as in 5.0
-    logging.set_verbosity_error()  # its page on missing tensors becomes one line below
     for local in (True,) if folder else (True, False):
-        where = {"pretrained_model_name_or_path": str(name), "local_files_only": local}
         try:
+            logging.set_verbosity_error()  # its page on missing tensors becomes one line below
+            place = snapshot_download(name, local_files_only=True) if local and not folder else str(name)
+            where = {"pretrained_model_name_or_path": place, "local_files_only": local}
             network, report = getattr(transformers, model).from_pretrained(
                 **where, dtype="float32", output_loading_info=True
             )
@@ -274,8 +276,7 @@ class ClipScorer:
         for batch in (new[i : i + BATCH] for i in range(0, len(new), BATCH)):
             with torch.no_grad():
                 out = features([inputs[key] for key in batch])
-            out = getattr(out, "pooler_output", out)  # before transformers 5 it was the tensor itself
-            self._known |= zip(batch, torch.nn.functional.normalize(out.float(), dim=-1).cpu())
+            self._known |= zip(batch, torch.nn.functional.normalize(out.pooler_output.float(), dim=-1).cpu())
         return torch.stack([self._known[key] for key in keys])
 
     def clip_score(self, image: Picture, instruction: str) -> float:
@@ -362,8 +363,6 @@ NO_SCORERS = Scorers()
 
 def load_scorers(clip: str | None, blip: str | None, lpips: bool, device: str = "cpu") -> Scorers:
     """clip, blip: a folder in the hub's format or a hub's name; BLIP needs CLIP. Raises BenchError."""
-    if blip and not clip:
-        raise BenchError("BLIP scores compare texts by CLIP: give a CLIP model too (--clip)")
     scorer = ClipScorer(clip, device) if clip else None
     captioner = BlipScorer(scorer, blip, device) if blip else None
     return Scorers(scorer, captioner, LpipsScorer(device) if lpips else None)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..canvas import images
 from ..canvas.strip import enlarge, outlined
 from ..checkpoint.writing import write_bytes
 from ..errors import BenchError
@@ -90,11 +91,7 @@ def escape_markdown(text: str) -> str:
 
 def working_mask(item: Item, path: Path | None, size: tuple[int, int]) -> Image.Image | None:
     """A mask or region of an item, "L", scaled to working size as a run does it. Raises EmilieError."""
-    if path is None:
-        return None
-    from ..canvas import images
-
-    return images.read_mask(path, images.read_image(item.image).size, size)
+    return path and images.read_mask(path, images.read_image(item.image).size, size)
 
 
 def data_uri(image: Image.Image, mask: Image.Image | None = None, longest: int | None = None) -> str:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..canvas import images
 from ..checkpoint.writing import write_bytes
 from ..errors import BenchError
 from ..toy import judge
@@ -105,6 +106,8 @@ def report(
     clip, blip: model names or folders of `metrics.ClipScorer` and `BlipScorer`; grids: how many chains to show as
     pictures. Everything is compared with the first method of the run. Raises BenchError.
     """
+    if blip and not clip:
+        raise BenchError("BLIP scores compare texts by CLIP: give a CLIP model too (--clip)")
     out = run.path / "report" if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)
     scorers = {"clip": clip, "blip": blip, "lpips": lpips}
@@ -132,8 +135,6 @@ def measure(run: Run, names: dict, device: str) -> list[Row]:
     from tqdm import tqdm
 
     scorers = cache(lambda: metrics.load_scorers(**names, device=device))
-    if names["blip"] and not names["clip"]:
-        scorers()  # raises
     chains = list(product(run.info["methods"], run.info["seeds"], run.items))
     rows = []
     with tqdm(total=sum(len(item.turns) for *_, item in chains), desc="measuring", unit="edit") as bar:
@@ -157,12 +158,12 @@ def _measured(run: Run, row: Row, names: dict, scorers: Callable[[], metrics.Sco
     """What `metrics.measure_turn` says, from the disk where nothing that it depends on has changed since."""
     folder, item, turns = run.folder(row.method, row.seed, row.item.id), row.item, row.item.turns[: row.turn]
     before, after, first = folder / f"{row.turn - 1}.png", row.result and row.result.image, folder / "0.png"
+    before = before if before.exists() else None  # the chain ended earlier
     files = [before, after, first, item.image, turns[-1].target, *(t.region or t.mask for t in turns)]
     told = [names, item.caption, item.truth, [(t.instruction, t.caption, t.truth) for t in turns]]
     key = hashlib.sha256(repr(told).encode())
     for path in (*files, Path(metrics.__file__), Path(judge.__file__)):
-        there = path is not None and path.exists()
-        key.update(hashlib.sha256(path.read_bytes()).digest() if there else b"none")
+        key.update(hashlib.sha256(path.read_bytes()).digest() if path and path.exists() else b"none")
     store = folder / f"{row.turn}.metrics.json"
     try:
         stored = read_json(store, STORED, "what was measured of an edit")
@@ -170,19 +171,13 @@ def _measured(run: Run, row: Row, names: dict, scorers: Callable[[], metrics.Sco
             return stored["values"]
     except BenchError:
         pass  # not measured yet, or damaged: it is measured anew
-    opened = [path.exists() and open_picture(path).convert("RGB") or None if path else None for path in files[:3]]
-    size = opened[2].size
+    pictures = [path and open_picture(path).convert("RGB") for path in (before, after, first)]
+    size, target = pictures[-1].size, turns[-1].target
     turns = [replace(t, mask=None, target=None, region=working_mask(item, t.region or t.mask, size)) for t in turns]
-    turns[-1] = replace(turns[-1], target=_target(files[4], size))
-    values = metrics.measure_turn(metrics.Edit(*opened, turns, item.caption, item.truth), scorers())
+    turns[-1] = replace(turns[-1], target=target and images.fit(images.read_image(target), size))
+    values = metrics.measure_turn(metrics.Edit(*pictures, turns, item.caption, item.truth), scorers())
     write_bytes(json.dumps({"key": key.hexdigest(), "values": values}).encode(), store)
     return values
-
-
-def _target(path: Path | None, size: tuple[int, int]):
-    from ..canvas import images
-
-    return path and images.fit(images.read_image(path), size)
 
 
 # ---- counting
@@ -204,10 +199,11 @@ class Results:
     def unfinished(self) -> str:
         """A line for a run that is not finished, else nothing."""
         missing = sum(row.state == "missing" for row in self.rows)
-        return missing and (
+        line = (
             f"This run is not finished: {missing} of {len(self.rows)} edits still to be made. What follows is about "
             "the others. The same command, emilie bench run, goes on with it."
         )
+        return line if missing else ""
 
     def values(self, method: str, metric: str, turn: int | None = None) -> dict[str, list[float | None]]:
         """{item: one value per seed and turn}; of one turn if given; of "chain" the last turn's."""
