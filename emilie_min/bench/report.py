@@ -44,7 +44,7 @@ TABLES = {  # title: metrics
 }
 CURVES = {"turns": ("correct", "chain"), "drift": ("psnr_first", "l1_first", "psnr_target", "psnr_outside")}  # Fig. 2
 BY_TURN = ("correct", "chain", "edited", "kept", "retained", *CURVES["drift"])
-STORED = {"key": str, "values": {...: int | float | bool | None}}  # 1.metrics.json, ...
+STORED = {...: {...: int | float | bool | None}}  # 1.metrics.json, ...: what was measured under each key
 WIDE = 320  # px: larger pictures are scaled down to it in grids
 
 
@@ -166,17 +166,17 @@ def _measured(run: Run, row: Row, names: dict, scorers: Callable[[], metrics.Sco
         key.update(hashlib.sha256(path.read_bytes()).digest() if path and path.exists() else b"none")
     store = folder / f"{row.turn}.metrics.json"
     try:
-        stored = read_json(store, STORED, "what was measured of an edit")
-        if stored["key"] == key.hexdigest():
-            return stored["values"]
+        known = read_json(store, STORED, "what was measured of an edit")
     except BenchError:
-        pass  # not measured yet, or damaged: it is measured anew
+        known = {}  # not measured yet, or damaged: it is measured anew
+    if key.hexdigest() in known:
+        return known[key.hexdigest()]
     pictures = [path and open_picture(path).convert("RGB") for path in (before, after, first)]
     size, target = pictures[-1].size, turns[-1].target
     turns = [replace(t, mask=None, target=None, region=working_mask(item, t.region or t.mask, size)) for t in turns]
     turns[-1] = replace(turns[-1], target=target and images.fit(images.read_image(target), size))
     values = metrics.measure_turn(metrics.Edit(*pictures, turns, item.caption, item.truth), scorers())
-    write_bytes(json.dumps({"key": key.hexdigest(), "values": values}).encode(), store)
+    write_bytes(json.dumps(known | {key.hexdigest(): values}).encode(), store)
     return values
 
 
