@@ -124,7 +124,7 @@ def run_report(args: argparse.Namespace) -> None:
     page = report.report(
         done, args.out, args.clip, args.blip, args.lpips, grids=args.grids, device=args.device or "cpu"
     )
-    print(f"wrote {page}, and its tables beside it as .md and .csv")
+    print(f"wrote {page}, and beside it report.md and metrics.csv")
 
 
 def run_study(args: argparse.Namespace) -> None:

@@ -194,10 +194,6 @@ def world_verdict(image: Picture | None, truths: Sequence[world.Scene], before: 
 # ---- scores by pretrained networks, each loaded when its scorer is made
 
 
-def _line(error: Exception) -> str:
-    return printable((str(error).strip().splitlines() or [type(error).__name__])[0], 160)
-
-
 def _load(name: str | Path, model: str, processor: str, device: str) -> tuple:
     """(network, image processor, tokenizer): from a folder; by a hub's name from its cache, else by a download.
 
@@ -228,7 +224,7 @@ def _load(name: str | Path, model: str, processor: str, device: str) -> tuple:
     else:
         what = "is neither a folder nor in the hub's cache, and cannot be downloaded: give a folder, or go online"
         what = f"does not hold a {model} with tokenizer and image processor: copy all its files" if folder else what
-        raise BenchError(f"{name} {what} ({_line(cause)})") from cause
+        raise BenchError(f"{name} {what} ({printable(str(cause), 160)})") from cause
     if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
         raise BenchError(f"{name} is not a {model}: it lacks {len(missing)} tensors, such as {missing[0]}")
     if len(tokenizer) < network.config.text_config.vocab_size / 2:  # without its files it would come empty
@@ -337,7 +333,7 @@ class LpipsScorer:
         except ImportError as cause:
             raise BenchError("LPIPS needs its package: pip install lpips") from cause
         except Exception as cause:  # its AlexNet is torchvision's, from the network at first
-            raise BenchError(f"LPIPS cannot be loaded, go online once ({_line(cause)})") from cause
+            raise BenchError(f"LPIPS cannot be loaded, go online once ({printable(str(cause), 160)})") from cause
 
     def lpips_distance(self, a: Picture, b: Picture, mask: Picture | None = None) -> float | None:
         """The mean of its map over the pixels that count, the others being made the same in both pictures before."""

@@ -71,7 +71,8 @@ def read_editbench(
                 size = open_picture(picture).size
                 if marked.size != size:
                     raise ValueError(f"the mask is {_px(marked.size)} and the picture {_px(size)}: they must agree")
-            mask = (marked if polarity == "white-is-edit" else ImageOps.invert(marked)).point(_half)
+            mask = marked if polarity == "white-is-edit" else ImageOps.invert(marked)
+            mask = mask.point(lambda v: 255 if v >= 128 else 0)
             turn = Turn(row[f"prompt_{prompt}"].strip(), mask, row["prompt_full"].strip())
             yield Item(_id(f"{part}_{name}"), picture, (turn,), meta={"from": "EditBench", "aos": name})
 
@@ -177,10 +178,6 @@ def _transparent(path: Path, size: tuple[int, int]) -> Image.Image:
         raise ValueError(f"{path.name} has no transparency, by which MagicBrush's masks mark what to edit")
     alpha = image.convert("RGBA").getchannel("A").point(lambda v: 255 if v < 255 else 0)
     return alpha if alpha.size == size else alpha.resize(size, Image.Resampling.NEAREST)
-
-
-def _half(value: int) -> int:
-    return 255 if value >= 128 else 0
 
 
 def _px(size: tuple[int, int]) -> str:

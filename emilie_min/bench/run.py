@@ -1,7 +1,7 @@
 """Runs methods over a benchmark folder. Every finished edit is on disk at once, so a killed run goes on where it was.
 
     RUN/run.json                              what was run: methods and settings, seeds, models, versions
-    RUN/edits/METHOD/SEED/ITEM/0.png          the input at working size
+    RUN/edits/METHOD/SEED/ITEM/0.png          the input at working size; SEED is "any" where the method draws nothing
                               /1.png, ...     the picture after each turn
                               /1.safetensors  its latent, where the method has one
                               /1_mask.png     the mask that the edit used, if any
@@ -15,10 +15,10 @@ import hashlib
 import json
 import platform
 import re
-import shutil
 import time
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 from PIL import Image
@@ -36,6 +36,7 @@ INFO = {  # run.json
     "seeds": [int],
     "models": {...: {"name": str, "sha256": str | None}},
     "versions": {...: str},
+    "continued_with?": [{...: str}],  # other versions, if any
     "device": str,
     "dtype": str,
 }
@@ -82,7 +83,8 @@ class Run:
     items: list[data.Item]
 
     def folder(self, method: str, seed: int, item: str) -> Path:
-        return self.path / "edits" / slug(method) / str(seed) / item
+        seeded = self.info["methods"][method].get("seeded", True)
+        return self.path / "edits" / slug(method) / (str(seed) if seeded else "any") / item
 
     def only(self, methods: list[str] | None) -> "Run":
         """The run as if it were of these methods alone, in this order; None = all. Raises BenchError."""
@@ -113,10 +115,7 @@ def read_run(path: str | Path, methods: list[str] | None = None) -> Run:
 
 
 def _read_info(path: Path) -> dict:
-    try:
-        info = read_json(path / "run.json", INFO, "a run's record")
-    except BenchError as error:
-        raise BenchError(f"{path} is no run: `emilie bench run DIR --out {path}` makes one ({error})") from error
+    info = read_json(path / "run.json", INFO, "what `emilie bench run` writes into a run's folder")
     for name in (info["bench"], *info["methods"]):
         if not name.isprintable():
             raise BenchError(f"{path / 'run.json'} is damaged: it names {quote(name)}")
@@ -126,13 +125,11 @@ def _read_info(path: Path) -> dict:
 def state(run: Run) -> tuple[int, int]:
     """How many edits of a run are missing, and how many chains ended with an error."""
     missing = failed = 0
-    for spec in run.info["methods"]:
-        for seed in run.info["seeds"]:
-            for item in run.items:
-                outcomes = [run.outcome(spec, seed, item.id, turn) for turn in range(1, len(item.turns) + 1)]
-                error = any(outcome and outcome.error for outcome in outcomes)
-                failed += error
-                missing += 0 if error else outcomes.count(None)
+    for spec, seed, item in product(run.info["methods"], run.info["seeds"], run.items):
+        results = [run.outcome(spec, seed, item.id, turn) for turn in range(1, len(item.turns) + 1)]
+        error = any(result and result.error for result in results)
+        failed += error
+        missing += 0 if error else results.count(None)
     return missing, failed
 
 
@@ -180,9 +177,8 @@ def run(
         "dtype": str(editor.dtype).removeprefix("torch."),
         **common,
     }
-    _record(out, info)
-    chains = [(seed, item) for seed in info["seeds"] for item in items][shard[0] - 1 :: shard[1]]
-    _work(Run(out, info, items), built, chains)
+    chains = list(product(info["seeds"], items))[shard[0] - 1 :: shard[1]]
+    _work(Run(out, _record(out, info), items), built, chains)
     return read_run(out)
 
 
@@ -204,33 +200,32 @@ def _load(needed: set[str], models: Models) -> tuple[dict, dict]:
     return editors, about
 
 
-def _record(out: Path, info: dict) -> None:
-    """Write run.json, or add methods and seeds to the one that is there if all else agrees."""
+def _record(out: Path, info: dict) -> dict:
+    """Write run.json, or add methods and seeds to the one that is there if all else agrees; what it says now."""
     path, info = out / "run.json", json.loads(json.dumps(info))  # as it reads back: of tuples become lists
     out.mkdir(parents=True, exist_ok=True)
     if path.exists():
         old = _read_info(out)
-        for part, other in ("models", "weights"), ("methods", "settings"):
+        for part in ("models", "methods"):
             for name in old[part].keys() & info[part].keys():
-                if old[part][name] != info[part][name]:
-                    raise BenchError(f"{out} was run with other {other} of {name}: choose another --out")
+                if info[part][name] | old[part][name] != info[part][name]:
+                    raise BenchError(f"{out} was run with other {part} ({name}): choose another --out")
         for key in ("bench_sha256", "device", "dtype"):
             if old[key] != info[key]:
                 raise BenchError(f"{out} was run with another {key} ({quote(old[key])}): choose another --out")
-        earlier = old.get("continued_with")
-        known = [old["versions"], *(earlier if isinstance(earlier, list) else [])]
-        new = [] if info["versions"] in known else [info["versions"]]
+        versions = [old["versions"], *old.get("continued_with", []), info["versions"]]
+        later = [v for i, v in enumerate(versions) if v not in versions[:i]][1:]
         info = old | {
             "bench": info["bench"],
-            "methods": old["methods"] | info["methods"],
+            "methods": old["methods"] | {k: v for k, v in info["methods"].items() if k not in old["methods"]},
             "seeds": sorted({*old["seeds"], *info["seeds"]}),
             "models": old["models"] | info["models"],
+            **({"continued_with": later} if later else {}),
         }
-        if known[1:] + new:
-            info["continued_with"] = known[1:] + new
         if info == old:
-            return
+            return info
     write_bytes(json.dumps(info, indent=1).encode(), path)
+    return info
 
 
 def _work(run: Run, methods: dict, chains: list[tuple[int, data.Item]]) -> None:
@@ -253,13 +248,6 @@ def _chain(run: Run, spec: str, method, seed: int, item: data.Item, bar) -> int:
     from ..methods import Request
 
     folder = run.folder(spec, seed, item.id)
-    if not method.seeded and not folder.exists():  # what another seed gave is what this one would give
-        for other in (run.folder(spec, other, item.id) for other in run.info["seeds"]):
-            if (other / f"{len(item.turns)}.json").exists():
-                partial = folder.with_name(f".{item.id}.partial")
-                shutil.copytree(other, partial, dirs_exist_ok=True)
-                partial.rename(folder)
-                break
     folder.mkdir(parents=True, exist_ok=True)
     results = [run.outcome(spec, seed, item.id, turn) for turn in range(1, len(item.turns) + 1)]
     finished = next((i for i, result in enumerate(results) if result is None or result.error), len(results))
@@ -321,7 +309,8 @@ def _save_image(image: Image.Image, path: Path) -> None:
 
 def _settings(method) -> dict:
     values = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "editor"}
-    return {"class": type(method).__name__, "needs": method.needs, "settings": values}
+    about = {"class": type(method).__name__, "needs": method.needs, "settings": values}
+    return about if method.seeded else about | {"seeded": False}
 
 
 def _versions() -> dict:

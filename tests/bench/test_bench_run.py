@@ -16,7 +16,7 @@ import emilie_min as emilie
 from emilie_min.app import cli
 from emilie_min.bench import data
 from emilie_min.bench.cli import which_shard
-from emilie_min.bench.run import Models, read_run, run, slug, state
+from emilie_min.bench.run import Models, read_run, run, state
 from emilie_min.errors import BenchError, CheckpointError, SamplingError
 from emilie_min.methods import METHODS, Request, parse
 from emilie_min.toy import world
@@ -80,10 +80,6 @@ def files(folder):
             content.pop("seconds")
         out[str(path.relative_to(folder / "edits"))] = content
     return out
-
-
-def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def requests():
@@ -261,8 +257,13 @@ def test_a_method_without_randomness_is_run_under_one_seed(bench, mine, tmp_path
     path.write_text(MINE.replace("    editor: object", "    seeded = False\n    editor: object"))
     done = run(bench, [f"{path}:Mine"], tmp_path / "run", [3, 4], RANDOM)
     assert state(done) == (0, 0) and sys.modules["emilie_method_still"].Mine.edits == 6
-    three, four = (files_of(tmp_path / "run" / "edits" / slug(f"{path}:Mine") / seed) for seed in ("3", "4"))
-    assert three == four and len(three) == 3 * (1 + 2 * 2)
+    three, four = ([done.outcome(f"{path}:Mine", seed, item.id, 2) for item in done.items] for seed in (3, 4))
+    assert three == four and all(result.image.is_file() for result in three)
+    info = json.loads((tmp_path / "run" / "run.json").read_text())  # of a run by an earlier version, a folder a seed
+    info["methods"][f"{path}:Mine"].pop("seeded")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info))
+    assert state(read_run(tmp_path / "run")) == (12, 0)
+    assert state(run(bench, [f"{path}:Mine"], tmp_path / "run", [4], RANDOM)) == (6, 0)
 
 
 def test_a_failed_edit_is_recorded_ends_its_chain_alone_and_is_tried_again(bench, mine, tmp_path, capsys):
@@ -287,9 +288,9 @@ def test_further_methods_and_seeds_join_a_run_but_other_settings_do_not(bench, t
     assert list(read_run(out, ["concat", "ip2p"]).info["methods"]) == ["concat", "ip2p"]
     with pytest.raises(BenchError, match="no method 'emilie', but: ip2p, concat"):
         read_run(out, ["emilie"])
-    with pytest.raises(BenchError, match="other settings of ip2p"):
+    with pytest.raises(BenchError, match=r"other methods \(ip2p\)"):
         run(bench, ["ip2p"], out, [0], RANDOM, steps=2)
-    with pytest.raises(BenchError, match="other weights"):
+    with pytest.raises(BenchError, match=r"other models \(instructions\)"):
         run(bench, ["ip2p"], out, [0], steps=1)
 
 
@@ -309,7 +310,7 @@ def test_a_benchmark_that_changed_is_told(tmp_path):
         read_run(tmp_path / "run")
     with pytest.raises(BenchError, match="another bench_sha256"):
         run(tmp_path / "bench", ["ip2p"], tmp_path / "run", [0], RANDOM, steps=1)
-    with pytest.raises(BenchError, match="is no run"):
+    with pytest.raises(BenchError, match="run.json cannot be read"):
         read_run(tmp_path)
     with pytest.raises(BenchError, match="one method and one seed"):
         run(tmp_path / "bench", ["ip2p"], tmp_path / "run", [], RANDOM)
@@ -326,6 +327,7 @@ def test_a_benchmark_that_changed_is_told(tmp_path):
         ("methods", {"\x1b[2J": {"class": "A", "needs": "b", "settings": {}}}, r"damaged: it names '\\x1b\[2J'"),
         ("bench", 5, "bench must be a text"),
         ("bench", "\x1b[2J", "damaged"),
+        ("continued_with", 5, "continued_with must be a list"),
         ("versions", None, "versions must be an object"),
         ("models", [1], "models must be an object"),
     ],
