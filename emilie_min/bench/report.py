@@ -210,7 +210,8 @@ class Results:
         out = {}
         for item in self.run.items:
             last = len(item.turns)
-            turns = range(last if metric == "chain" else 1, last + 1) if turn is None else {turn} & {*range(last + 1)}
+            first = last if metric == "chain" else 1
+            turns = range(first, last + 1) if turn is None else [turn] if turn <= last else []
             out[item.id] = [self.at[method, s, item.id, t].values.get(metric) for s in self.seeds for t in turns]
         return out
 

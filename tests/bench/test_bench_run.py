@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -61,6 +62,19 @@ def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "imie"
     data.make(folder, scenes=3, turns=2)
     return folder
+
+
+@pytest.fixture(scope="module")
+def plan(bench, tmp_path_factory):
+    out = tmp_path_factory.mktemp("planned") / "run"
+    run(bench, ["ip2p"], out, [0], RANDOM, steps=1, shard=(9, 9))
+    return out
+
+
+@pytest.fixture
+def planned(plan, tmp_path):
+    """A run that has no edits yet, to be changed."""
+    return shutil.copytree(plan, tmp_path / "planned")
 
 
 @pytest.fixture
@@ -332,15 +346,19 @@ def test_a_benchmark_that_changed_is_told(tmp_path):
         ("models", [1], "models must be an object"),
     ],
 )
-def test_a_damaged_run_is_told(field, value, message, bench, tmp_path):
-    out = tmp_path / "run"
-    run(bench, ["ip2p"], out, [0], RANDOM, steps=1, shard=(9, 99))
-    info = json.loads((out / "run.json").read_text())
-    (out / "run.json").write_text(json.dumps(info | {field: value}))
-    for read in (lambda: read_run(out), lambda: run(bench, ["ip2p"], out, [0], RANDOM, steps=1)):
-        with pytest.raises(BenchError, match=message) as error:
-            read()
-        assert str(error.value).isprintable()
+def test_a_damaged_run_is_told(field, value, message, planned, bench):
+    info = json.loads((planned / "run.json").read_text())
+    (planned / "run.json").write_text(json.dumps(info | {field: value}))
+    with pytest.raises(BenchError, match=message) as error:
+        read_run(planned)
+    assert str(error.value).isprintable()
+
+
+def test_a_damaged_run_is_not_continued(planned, bench):
+    info = json.loads((planned / "run.json").read_text())
+    (planned / "run.json").write_text(json.dumps(info | {"models": [1]}))
+    with pytest.raises(BenchError, match="models must be an object"):
+        run(bench, ["ip2p"], planned, [0], RANDOM, steps=1)
 
 
 def test_a_damaged_record_is_told(bench, tmp_path):
