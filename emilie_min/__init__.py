@@ -2,7 +2,7 @@
 
     import emilie_min as emilie
     editor = emilie.load()
-    canvas = editor.open("photo.png")
+    canvas = emilie.open("photo.png", editor)
     canvas.edit("make it winter").save("winter.png")
 
 Names are imported when first used, so that `import emilie_min` and `emilie --help` need no PyTorch.
@@ -14,13 +14,19 @@ from .errors import EmilieError
 
 __version__ = "0.1.0"
 
-_HOME = {"load": "loading", "open_canvas": "canvas.session", "Editor": "emilie", "Canvas": "emilie"}
+_HOME = {
+    "load": "loading",
+    "open": "canvas.canvas",
+    "Editor": "emilie",
+    "Canvas": "canvas.canvas",
+    "Settings": "canvas.settings",
+}
 _MODULES = ("config", "emilie", "errors", "loading", "sampling", "text", "unet", "vae")
 
 __all__ = ["EmilieError", *_HOME]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     if name in _MODULES:

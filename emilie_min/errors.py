@@ -1,5 +1,8 @@
 """What can go wrong, as types. Every message is one line that says what to do; the command prints it and exits 2."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class EmilieError(ValueError):
     """Base of all errors that bad input can cause."""
@@ -42,3 +45,31 @@ class BenchError(EmilieError):
 
     Of a folder with several faults it names each on a line of its own.
     """
+
+
+def printable(text: object, limit: int = 500) -> str:
+    """A line of at most `limit` characters that a terminal can show, of whatever a file or its name may hold."""
+    text = str(text)
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def first_line(error: Exception, last: bool = False) -> str:
+    """What an exception says, in a line (its first, or its `last`), or its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1 if last else 0].strip()
+
+
+@contextmanager
+def explain_oom(where_and_what: str) -> Iterator[None]:
+    """Say what to lower where memory does not suffice, on a GPU or on the CPU. Raises EmilieError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        import torch
+
+        cuda = isinstance(error, torch.cuda.OutOfMemoryError)
+        if not (cuda or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            raise
+        raise EmilieError(
+            f"out of {'CUDA ' if cuda else ''}memory {where_and_what}, use --dtype float16, or close what else uses it"
+        ) from error

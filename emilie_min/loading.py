@@ -1,17 +1,16 @@
 """From a weight file to an `Editor`: which config, which device, and networks built without initialising them."""
 
+import os
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from .checkpoint import reading
-from .config import BUILT_IN, TOKENIZER_FILES, Config, load_config
-from .emilie import Editor, memory_told
-from .errors import CheckpointError, EmilieError, TokenizerError
-from .text import TextEncoder
-from .unet import UNetModel
-from .vae import AutoencoderKL
+from .checkpoint.networks import build
+from .config import BUILT_IN, TOKENIZER_FILES, load_config
+from .emilie import Editor
+from .errors import CheckpointError, EmilieError, TokenizerError, explain_oom, first_line, printable
+from .faster.half import HalfAutoencoderKL
 
 
 def load(
@@ -22,18 +21,18 @@ def load(
     tokenizer: str | Path | None = None,
     compile: bool = False,
     low_memory: bool = False,
-) -> "Editor":
+) -> Editor:
     """Networks from a file, ready to edit.
 
     weights: None = the small model that ships, a .ckpt or .safetensors path, or "random"; config: one of
     `config.BUILT_IN`, a YAML path, or None = told by the file's tensors; device, dtype: None = CUDA in float16 if there
     is one, else CPU in float32; tokenizer: a folder with CLIP's vocab.json and merges.txt; compile: the fast path,
-    the same results to rounding, see `fast`; low_memory: the lean path, slower, see `lean`.
+    the same results to rounding, see `faster.fast`; low_memory: slower, see `faster.low_memory`.
     Raises CheckpointError, ConfigError.
     """
-    if tokenizer and not all((Path(tokenizer) / name).is_file() for name in TOKENIZER_FILES):
-        raise TokenizerError(f"{tokenizer} does not hold {' and '.join(TOKENIZER_FILES)}")
-    device = _device(device)
+    if tokenizer and not all(os.path.isfile(Path(tokenizer) / name) for name in TOKENIZER_FILES):
+        raise TokenizerError(f"{printable(tokenizer)} does not hold {' and '.join(TOKENIZER_FILES)}")
+    device = pick_device(device)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     elif isinstance(dtype, str):
@@ -48,44 +47,34 @@ def load(
     folders = weights_folders()
     weights = shipped("toy.safetensors") if weights is None else weights
 
-    entries = None
     if weights == "random":
         config = config or "toy"
     else:
         entries = reading.index(weights)
+        config = config or reading.detect_config(entries)
         if config is None:
-            config = reading.fits(entries)
-            if config is None:
-                raise CheckpointError(f"{weights} is {reading.describe(entries)}")
-    name, config = str(config), load_config(config)
+            raise CheckpointError(f"{weights} is {reading.explain_unknown(entries)}")
+    config = load_config(config)
     tokenizers = ([Path(tokenizer)] if tokenizer else []) + [f / sub for f in folders for sub in ("tokenizer", ".")]
-    with torch.device("cpu" if weights == "random" else "meta"), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # for "random"; nothing is drawn on the meta device
-        networks = build(config, tuple(tokenizers))
-    with memory_told("while the weights were loaded"):
+    with explain_oom("while the weights were loaded"):
+        with torch.device("cpu" if weights == "random" else "meta"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # for "random"; nothing is drawn on the meta device
+            networks = build(config, tuple(tokenizers))
+            if dtype != torch.float32:
+                networks["vae"] = HalfAutoencoderKL(config.vae)
         if weights == "random":
-            report = reading.Report("random")
+            family = "random"
             for network in networks.values():
                 network.to(*held).requires_grad_(False).eval()
         else:
-            report = reading.load(networks, weights, *held, entries)
-    model = f"{name if name in BUILT_IN else Path(name).stem}/{Path(weights).name}"
+            family = reading.load(networks, weights, *held, entries).family
+    model = f"{config.name if config.name in BUILT_IN else Path(config.name).stem}/{Path(weights).name}"
     kind = Editor
     if compile:
         from .faster.fast import FastEditor as kind
     elif low_memory:
-        from .faster.low_memory import LeanEditor as kind
-    return kind(config, **networks, device=device, dtype=dtype, model=model, report=report)
-
-
-def build(config: Config, tokenizer_folders: tuple[str | Path, ...] = ()) -> dict[str, nn.Module]:
-    """The three networks of a config: "unet", "vae", "text". Under `torch.device("meta")` they take no memory."""
-    params = config.model.params
-    return {
-        "unet": UNetModel(params.unet_config.params),
-        "vae": AutoencoderKL(params.first_stage_config.params),
-        "text": TextEncoder(params.cond_stage_config.params, tokenizer_folders),
-    }
+        from .faster.low_memory import LowMemoryEditor as kind
+    return kind(config, **networks, device=device, dtype=dtype, model=model, family=family)
 
 
 def weights_folders() -> list[Path]:
@@ -100,13 +89,14 @@ def shipped(name: str) -> Path:
     return next((path for path in paths if path.is_file()), paths[0])
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """A device by name, None: CUDA if there is one, else the CPU. Raises EmilieError for one that is not here."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0][:120]
-        raise EmilieError(f"device {device} cannot be used here: {reason}") from error
-    return device
+        picked = torch.device(device)
+        torch.zeros(1, device=picked).item()
+    except Exception as error:  # each kind of device has its own way to be absent
+        reason = printable(first_line(error).partition(". ")[0], 120)
+        raise EmilieError(f"device {printable(device, 80)} cannot be used here: {reason}") from error
+    return picked

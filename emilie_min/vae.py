@@ -4,12 +4,14 @@ Attribute paths are the released checkpoint's keys below `first_stage_model.`. L
 that brings them to unit variance for diffusion, 0.18215 in the released model, is the caller's.
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import attention
-from .config import AutoencoderConfig
+from .config import VAEConfig
 from .errors import ImageError
 
 
@@ -69,34 +71,38 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def middle(channels: int, groups: int) -> nn.Module:
-    mid = nn.Module()
-    mid.block_1 = ResnetBlock(channels, channels, groups)
-    mid.attn_1 = AttnBlock(channels, groups)
-    mid.block_2 = ResnetBlock(channels, channels, groups)
-    return mid
+class Middle(nn.Module):
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C, h, w)
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Encoder(nn.Module):
     """Pixels to the moments of the latent: at each level some blocks, then half the size."""
 
-    def __init__(self, config: AutoencoderConfig):
+    def __init__(self, config: VAEConfig):
         super().__init__()
-        dd, groups = config.ddconfig, config.ddconfig.num_groups
-        self.conv_in = nn.Conv2d(dd.in_channels, dd.ch, 3, padding=1)
-        self.down, channels = nn.ModuleList(), dd.ch
-        for i, mult in enumerate(dd.ch_mult):
+        c, groups = config.ch, config.num_groups
+        self.conv_in = nn.Conv2d(3, c, 3, padding=1)
+        self.down: Any = nn.ModuleList()  # of levels, whose parts have names
+        channels = c
+        for i, mult in enumerate(config.ch_mult):
             level = nn.Module()
             level.block = nn.ModuleList()
-            for _ in range(dd.num_res_blocks):
-                level.block.append(ResnetBlock(channels, mult * dd.ch, groups))
-                channels = mult * dd.ch
-            if i < len(dd.ch_mult) - 1:
+            for _ in range(config.num_res_blocks):
+                level.block.append(ResnetBlock(channels, mult * c, groups))
+                channels = mult * c
+            if i < len(config.ch_mult) - 1:
                 level.downsample = Downsample(channels)
             self.down.append(level)
-        self.mid = middle(channels, groups)
+        self.mid = Middle(channels, groups)
         self.norm_out = norm(channels, groups)
-        self.conv_out = nn.Conv2d(channels, 2 * dd.z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 8, H/8, W/8)
         h = self.conv_in(x)
@@ -105,36 +111,35 @@ class Encoder(nn.Module):
                 h = block(h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        h = self.mid(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
     """Latent to pixels. `up` is numbered like the encoder's `down`, so it is walked from its end."""
 
-    def __init__(self, config: AutoencoderConfig):
+    def __init__(self, config: VAEConfig):
         super().__init__()
-        dd, groups = config.ddconfig, config.ddconfig.num_groups
-        channels = dd.ch_mult[-1] * dd.ch
-        self.conv_in = nn.Conv2d(dd.z_channels, channels, 3, padding=1)
-        self.mid = middle(channels, groups)
+        c, groups = config.ch, config.num_groups
+        channels = config.ch_mult[-1] * c
+        self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
+        self.mid = Middle(channels, groups)
         levels = []
-        for i, mult in reversed(list(enumerate(dd.ch_mult))):
+        for i, mult in reversed(list(enumerate(config.ch_mult))):
             level = nn.Module()
             level.block = nn.ModuleList()
-            for _ in range(dd.num_res_blocks + 1):
-                level.block.append(ResnetBlock(channels, mult * dd.ch, groups))
-                channels = mult * dd.ch
+            for _ in range(config.num_res_blocks + 1):
+                level.block.append(ResnetBlock(channels, mult * c, groups))
+                channels = mult * c
             if i > 0:
                 level.upsample = Upsample(channels)
             levels.append(level)
-        self.up = nn.ModuleList(reversed(levels))
+        self.up: Any = nn.ModuleList(reversed(levels))
         self.norm_out = norm(channels, groups)
-        self.conv_out = nn.Conv2d(channels, dd.out_ch, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:  # (B, 4, h, w) -> (B, 3, 8h, 8w)
-        h = self.conv_in(z)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             for block in level.block:
                 h = block(h)
@@ -146,13 +151,13 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Images to latents of 1/factor the size and back."""
 
-    def __init__(self, config: AutoencoderConfig):
+    def __init__(self, config: VAEConfig):
         super().__init__()
-        self.factor = 2 ** (len(config.ddconfig.ch_mult) - 1)  # 8 in the released model
+        self.factor = 2 ** (len(config.ch_mult) - 1)  # 8 in the released model
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.ddconfig.z_channels, 2 * config.embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.ddconfig.z_channels, 1)
+        self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z | image). image: (B, 3, H, W) in [-1, 1] -> two of (B, 4, H/8, W/8), unscaled.
@@ -160,9 +165,9 @@ class AutoencoderKL(nn.Module):
         Raises ImageError where a side is no multiple of the autoencoder's factor.
         """
         if image.shape[-2] % self.factor or image.shape[-1] % self.factor:
+            size = f"{image.shape[-1]}x{image.shape[-2]} px"
             raise ImageError(
-                f"an image of {image.shape[-1]}x{image.shape[-2]} px does not fit this autoencoder: "
-                f"both sides must be multiples of {self.factor}"
+                f"an image of {size} does not fit this autoencoder: give sides that are multiples of {self.factor}"
             )
         return self.quant_conv(self.encoder(image)).chunk(2, dim=1)
 

@@ -12,8 +12,8 @@ import warnings
 from pathlib import Path
 
 from ..bench.cli import add_commands
-from ..checkpoint.writing import replacing
-from ..config import GATES, ITERATES, RESCALES, SAMPLERS
+from ..canvas.settings import GATES, ITERATES, RESCALES, SAMPLERS
+from ..checkpoint.writing import atomic_write
 from ..errors import CanvasError, EmilieError, InstructionError, MaskError
 from ..speed.report import add_options
 from ..speed.report import run as run_speed
@@ -183,11 +183,12 @@ def load_editor(args: argparse.Namespace):
     from ..loading import load
 
     editor = load(args.weights, args.config, args.device, args.dtype, args.tokenizer, args.compile, args.low_memory)
-    print(f"{editor.model}: {editor.report.family} weights, {editor.dtype}, {editor.device}".replace("torch.", ""))
+    print(f"{editor.model}: {editor.family} weights, {editor.dtype}, {editor.device}".replace("torch.", ""))
     return editor
 
 
 def run_demo(args: argparse.Namespace) -> None:
+    from ..canvas.canvas import open as open_canvas
     from ..canvas.strip import strip
     from ..toy import world
     from ..toy.judge import judge
@@ -197,7 +198,7 @@ def run_demo(args: argparse.Namespace) -> None:
     need_small_world(editor)
     folder = writable(args.out)
     scene = world.scene(args.seed)
-    canvas = editor.open(world.render(scene), seed=args.seed)
+    canvas = open_canvas(world.render(scene), editor, seed=args.seed)
     print(f"wrote {save_picture(canvas.image, folder / '0_input.png')}")
     cells, right = [(canvas.image, "input", None)], 0
     plan = (("recolour", False), ("add", True), ("background", False), ("style", False))
@@ -214,7 +215,7 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def run_edit(args: argparse.Namespace) -> None:
     from ..canvas import images
-    from ..canvas.session import open_canvas
+    from ..canvas.canvas import open as open_canvas
     from ..canvas.strip import strip
 
     going_on = args.canvas is not None and args.canvas.exists()
@@ -240,7 +241,7 @@ def run_edit(args: argparse.Namespace) -> None:
         if original is not None and refit(original, opened.size).tobytes() != opened.tobytes():
             raise CanvasError(f"{args.canvas} is a session on another picture than {args.input}")
     else:
-        canvas = editor.open(original, args.seed or 0, args.resolution)
+        canvas = open_canvas(original, editor, args.seed or 0, args.resolution)
     for regions in edits:  # so that the last edit's mask does not fail after an hour of edits
         canvas.read_regions([mask for _, mask in regions], args.soft)
         editor.text.tokenize([text for text, _ in regions])
@@ -272,7 +273,7 @@ def run_edit(args: argparse.Namespace) -> None:
             seed=args.seed if going_on else None,
         )
         cells.append((image, canvas.state.instruction, canvas.state.mask))
-        out = images.unfit(image, original, canvas.native, canvas.touched()) if args.input_size else image
+        out = images.restore_size(image, original, canvas.native, canvas.edited_mask()) if args.input_size else image
         path = save_picture(out, folder / f"{name}_{canvas.at}.png")
         canvas.save(session)
         print(f"wrote {path} and {session}")
@@ -299,7 +300,9 @@ def edit_with_bar(canvas, number: int, regions: list[tuple], **settings):
 
     steps = settings.get("steps") or canvas.editor.config.sampling.steps
     with tqdm(total=steps, desc=f"{number}. {' + '.join(text for text, _ in regions)}", leave=True) as bar:
-        return canvas.edit(regions, callback=lambda _: bar.update(), **settings)
+        for step in canvas.steps(regions, **settings):
+            bar.update(step.sigma > 0)
+    return canvas.image
 
 
 def read_edits(args: argparse.Namespace) -> list[list[tuple]]:
@@ -377,7 +380,7 @@ def unused_name(folder: Path, stem: str, numbers: range | None = None) -> str:
 def save_picture(image, path: Path) -> Path:
     """A PNG, whole or not at all."""
     try:
-        with replacing(path) as f:
+        with atomic_write(path) as f:
             image.save(f, format="PNG")
     except OSError as error:
         raise EmilieError(f"cannot write {path}: {error.strerror or error}") from error
@@ -385,7 +388,7 @@ def save_picture(image, path: Path) -> Path:
 
 
 def run_info(args: argparse.Namespace) -> None:
-    from ..checkpoint.files import info
+    from ..checkpoint.info import info
 
     print(info(args.file, sha256=args.sha256))
 
@@ -393,13 +396,13 @@ def run_info(args: argparse.Namespace) -> None:
 def run_convert(args: argparse.Namespace) -> None:
     import torch
 
-    from ..checkpoint.files import convert
+    from ..checkpoint.convert import convert
 
     print(convert(args.input, args.output, getattr(torch, args.dtype), config=args.config, overwrite=args.overwrite))
 
 
 def run_download(args: argparse.Namespace) -> None:
-    from ..checkpoint.files import download
+    from ..checkpoint.download import download
 
     print(download(args.out, tokenizer_only=args.tokenizer))
 

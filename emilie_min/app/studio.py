@@ -25,10 +25,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..canvas.session import open_canvas
+from ..canvas.canvas import Canvas, check_can_edit
+from ..canvas.canvas import open as open_canvas
+from ..canvas.settings import GATES
 from ..canvas.strip import OUTLINE, enlarge, strip
-from ..config import GATES
-from ..emilie import Canvas, Editor
+from ..emilie import Editor
 from ..errors import CanvasError, EmilieError, MaskError
 from ..toy import judge, world
 
@@ -62,14 +63,14 @@ class Session:
         try:
             with warnings.catch_warnings(record=True) as notes:
                 warnings.simplefilter("always", UserWarning)
-                canvas = open_canvas(path, self.editor) if name.endswith(".safetensors") else self.editor.open(path)
+                canvas = open_canvas(path, self.editor)
         except EmilieError as error:
             raise type(error)(str(error).replace(path, name)) from error
         self.canvas, self.name, self.paint = canvas, name.split(".")[0], None
         return ". ".join([f"{name} is open", *(str(note.message).replace(path, name) for note in notes)])
 
     def new_scene(self, seed: int) -> str:
-        canvas = self.editor.open(world.render(world.scene(seed)))
+        canvas = open_canvas(world.render(world.scene(seed)), self.editor)
         self.canvas, self.name, self.paint = canvas, f"scene{seed}", None
         return f"Scene {seed} of the small world"
 
@@ -80,15 +81,13 @@ class Session:
         """
         self.stopped, started = False, time.time()
 
-        def callback(about: dict) -> None:
+        mask = read_paint(paint)
+        settings["keep_background"] = settings.get("keep_background", False) and mask is not None
+        for taken in self.opened().steps(text, mask, **settings):
             if self.stopped or self.closed:
                 raise CanvasError("stopped: the picture is as it was")
             if step:
-                step(about["i"] + 1)
-
-        mask = read_paint(paint)
-        settings["keep_background"] = settings.get("keep_background", False) and mask is not None
-        self.opened().edit(text, mask, callback=callback, **settings)
+                step(taken.i + (taken.sigma > 0))
         self.paint = None
         where = "everywhere" if mask is None else "where you painted"
         return f"Edit {self.canvas.at}: {text}, {where}; {time.time() - started:.1f} s"
@@ -238,7 +237,7 @@ def tree_html(canvas: Canvas | None) -> str:
 
 def build(editor: Editor):
     """The page as gradio's Blocks, with its visitors' `sessions`. Raises CheckpointError where weights cannot edit."""
-    editor.check_can_edit()
+    check_can_edit(editor)
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
     os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="emilie-studio-")  # for this user's eyes only
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -304,7 +303,7 @@ def build(editor: Editor):
                     picture_html(session),
                     tree_html(canvas),
                     gr.update(interactive=canvas is not None and canvas.at > 0),
-                    gr.update(interactive=canvas is not None and bool(canvas.undone)),
+                    gr.update(interactive=canvas is not None and bool(canvas.redo_stack)),
                     gr.Dataset(samples=[[text] for text in session.suggestions()]),
                     *(session.files() if canvas else [None] * len(saves)),
                 ]

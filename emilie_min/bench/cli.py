@@ -5,8 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import BenchError
-from .io import printable
+from ..errors import BenchError, printable
 
 
 def add_commands(bench: argparse.ArgumentParser, add_model_options: Callable) -> None:

@@ -36,9 +36,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..errors import BenchError, EmilieError
+from ..errors import BenchError, EmilieError, printable
 from ..toy import world
-from .io import fault, printable, quote
+from .io import fault, quote
 
 FILE = "bench.jsonl"
 MOST = 20  # lines with a fault that are named in one error
@@ -118,7 +118,7 @@ def _load(folder: str | Path, opened: bool = False) -> list[Item]:
                 _open(item)
             items.append(item)
         except ValueError as error:  # all EmilieErrors are
-            faults.append(f"{path}:{number}: {printable(str(error), 500)}")
+            faults.append(f"{path}:{number}: {printable(error)}")
     if faults:
         more = [f"... and {len(faults) - MOST} more"] if len(faults) > MOST else []
         raise BenchError("\n".join(faults[:MOST] + more))

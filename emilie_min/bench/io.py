@@ -8,7 +8,7 @@ from typing import get_args
 
 from PIL import Image
 
-from ..errors import BenchError
+from ..errors import BenchError, first_line, printable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # PIL hands others, such as EPS, to further programs
 WORDS = {
@@ -19,12 +19,6 @@ Shape = type | dict | list
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
-
-
-def printable(text: str, limit: int | None = None) -> str:
-    """A text on one line that a terminal shows and does not obey, cut to `limit` characters."""
-    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-    return text if limit is None or len(text) <= limit else text[: limit - 3] + "..."
 
 
 def quote(value: object) -> str:
@@ -81,5 +75,5 @@ def open_picture(path: str | Path) -> Image.Image:
             file.load()
             return file
     except Exception as error:  # PIL's plugins raise OSError, SyntaxError, struct.error, ... on broken files
-        reason = printable(str(error) or type(error).__name__, 200)
-        raise BenchError(f"{printable(str(path))} cannot be read as a picture: {reason}") from error
+        message = f"{printable(path)} cannot be read as a picture: {printable(first_line(error), 200)}"
+        raise BenchError(message) from error

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ..errors import BenchError, ImageError, MaskError
+from ..errors import BenchError, ImageError, MaskError, first_line, printable
 from ..toy import judge, world
 from .data import Turn
-from .io import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,9 +202,9 @@ def _load(name: str | Path, model: str, processor: str, device: str) -> tuple:
     from huggingface_hub import snapshot_download
     from transformers.utils import logging
 
-    from ..loading import _device
+    from ..loading import pick_device
 
-    device, folder, verbosity = _device(device), Path(name).is_dir(), logging.get_verbosity()
+    device, folder, verbosity = pick_device(device), Path(name).is_dir(), logging.get_verbosity()
     kind = getattr(transformers, processor + "Pil", None) or getattr(transformers, processor)  # as in 5.0
     for local in (True,) if folder else (True, False):
         try:
@@ -224,7 +223,7 @@ def _load(name: str | Path, model: str, processor: str, device: str) -> tuple:
     else:
         what = "is neither a folder nor in the hub's cache, and cannot be downloaded: give a folder, or go online"
         what = f"does not hold a {model} with tokenizer and image processor: copy all its files" if folder else what
-        raise BenchError(f"{name} {what} ({printable(str(cause), 160)})") from cause
+        raise BenchError(f"{name} {what} ({printable(first_line(cause), 160)})") from cause
     if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
         raise BenchError(f"{name} is not a {model}: it lacks {len(missing)} tensors, such as {missing[0]}")
     if len(tokenizer) < network.config.text_config.vocab_size / 2:  # without its files it would come empty
@@ -323,9 +322,9 @@ class LpipsScorer:
     """LPIPS (Zhang et al. 2018), AlexNet, version 0.1, by the package `lpips`. Raises BenchError without it."""
 
     def __init__(self, device: str = "cpu"):
-        from ..loading import _device
+        from ..loading import pick_device
 
-        self.device = _device(device)
+        self.device = pick_device(device)
         try:
             from lpips import LPIPS
 
@@ -333,7 +332,7 @@ class LpipsScorer:
         except ImportError as cause:
             raise BenchError("LPIPS needs its package: pip install lpips") from cause
         except Exception as cause:  # its AlexNet is torchvision's, from the network at first
-            raise BenchError(f"LPIPS cannot be loaded, go online once ({printable(str(cause), 160)})") from cause
+            raise BenchError(f"LPIPS cannot be loaded, go online once ({printable(first_line(cause), 160)})") from cause
 
     def lpips_distance(self, a: Picture, b: Picture, mask: Picture | None = None) -> float | None:
         """The mean of its map over the pixels that count, the others being made the same in both pictures before."""

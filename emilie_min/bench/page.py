@@ -11,9 +11,8 @@ from PIL import Image
 from ..canvas import images
 from ..canvas.strip import enlarge, outlined
 from ..checkpoint.writing import write_bytes
-from ..errors import BenchError
+from ..errors import BenchError, printable
 from .data import Item
-from .io import printable
 
 TEMPLATES = Path(__file__).parent / "templates"
 SMALL = 128  # px: pictures up to this are shown enlarged, pixel for pixel
@@ -83,7 +82,7 @@ MARKS = str.maketrans({"<": "&lt;", ">": "&gt;", "&": "&amp;", **{mark: f"\\{mar
 
 def escape_markdown(text: str) -> str:
     """Text that Markdown shows as it is, on one line, fit for a terminal too."""
-    return printable(text).translate(MARKS)
+    return printable(" ".join(text.split()), len(text)).translate(MARKS)
 
 
 # ---- pictures

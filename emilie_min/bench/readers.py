@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..errors import BenchError
+from ..errors import BenchError, printable
 from . import data
 from .data import Item, Turn, file_in
-from .io import open_picture, printable, quote, read_json
+from .io import open_picture, quote, read_json
 
 PARTS = ("natural", "generated")
 PROMPTS = ("mask-simple", "mask-rich", "full")

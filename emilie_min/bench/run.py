@@ -24,10 +24,10 @@ from pathlib import Path
 from PIL import Image
 
 from .. import __version__
-from ..checkpoint.writing import replacing, write_bytes
-from ..errors import BenchError, EmilieError
+from ..checkpoint.writing import atomic_write, write_bytes, write_tensors
+from ..errors import BenchError, EmilieError, explain_oom, first_line, printable
 from . import data
-from .io import open_picture, printable, quote, read_json
+from .io import open_picture, quote, read_json
 
 INFO = {  # run.json
     "bench": str,
@@ -185,7 +185,7 @@ def run(
 def _load(needed: set[str], models: Models) -> tuple[dict, dict]:
     """The editors of the roles "instructions" and "captions" that are needed, and what run.json says of each."""
     from .. import loading
-    from ..checkpoint.files import hash_file
+    from ..checkpoint.download import hash_file
 
     editors, about = {}, {}
     for role in sorted(needed):
@@ -243,8 +243,6 @@ def _work(run: Run, methods: dict, chains: list[tuple[int, data.Item]]) -> None:
 def _chain(run: Run, spec: str, method, seed: int, item: data.Item, bar) -> int:
     """All turns of a chain that are not on disk yet. The number of turns that are finished."""
     from ..canvas import images
-    from ..checkpoint.reading import write
-    from ..emilie import memory_told
     from ..methods import Request
 
     folder = run.folder(spec, seed, item.id)
@@ -267,16 +265,16 @@ def _chain(run: Run, spec: str, method, seed: int, item: data.Item, bar) -> int:
     for i, request in enumerate(requests[finished:], finished + 1):
         started, error = time.perf_counter(), None
         try:
-            with memory_told(f"in {spec}: lower the config's resolution"):
+            with explain_oom(f"in {spec}: lower the config's resolution"):
                 chain = method.edit(chain, request)
         except EmilieError as e:
-            error = printable(str(e)) or type(e).__name__
+            error = printable(first_line(e))
             bar.write(f"{spec}, item {item.id}, seed {seed}, turn {i}: {error}")
         seconds = round(time.perf_counter() - started, 4)
         if not error:
             _save_image(chain.image, folder / f"{i}.png")
             if chain.latent is not None:
-                write({"latent": chain.latent}, folder / f"{i}.safetensors", {})
+                write_tensors({"latent": chain.latent}, folder / f"{i}.safetensors", {})
             if chain.mask is not None:
                 _save_image(chain.mask, folder / f"{i}_mask.png")
         notes = {} if error else chain.notes
@@ -303,7 +301,7 @@ def _resume(chain, folder: Path, turn: int, requests: tuple):
 
 
 def _save_image(image: Image.Image, path: Path) -> None:
-    with replacing(path) as f:
+    with atomic_write(path) as f:
         image.save(f, format="PNG")
 
 

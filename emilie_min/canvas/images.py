@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
-from ..errors import ImageError, MaskError
+from ..emilie import Editor
+from ..errors import ImageError, MaskError, SamplingError
 
 SMALLEST, LARGEST = 16, 4096**2  # px: the shortest side of an input; the area of a working picture
 
 Picture = Image.Image | np.ndarray | str | Path
 Box = tuple[int, int, int, int]
+Mask = Picture | Box
 
 
 def read_image(picture: Picture) -> Image.Image:
@@ -38,7 +40,7 @@ def _open(picture: Picture, error: type[Exception]) -> Image.Image:
                 file.load()
                 picture = file.copy() if not file.getexif().get(0x0112) else ImageOps.exif_transpose(file)
         except Image.DecompressionBombError as cause:
-            raise error(f"{picture} is absurdly large ({cause}): scale it down first") from cause
+            raise error(f"{picture} is too large ({cause}): scale it down first") from cause
         except FileNotFoundError as cause:
             raise error(f"no picture at {picture}") from cause
         except Exception as cause:  # PIL's plugins raise OSError, SyntaxError, struct.error, ... on broken files
@@ -89,11 +91,11 @@ def fit_size(size: tuple[int, int], resolution: int | str, multiple: int) -> tup
     else:
         if not hasattr(resolution, "__index__") or resolution < multiple:  # any type of integer
             raise ImageError(f'resolution must be "native" or at least {multiple}, not {resolution}')
-        factor = resolution / max(width, height)
-        factor = math.ceil(min(width, height) * factor / multiple) * multiple / min(width, height)
-        width, height = (int(side * factor // multiple) * multiple for side in size)
+        scale = resolution / max(width, height)
+        scale = math.ceil(min(width, height) * scale / multiple) * multiple / min(width, height)
+        width, height = (int(side * scale // multiple) * multiple for side in size)
     if width * height > LARGEST:
-        raise ImageError(f"{width}x{height} px to work at is absurdly large: lower the resolution")
+        raise ImageError(f"{width}x{height} px to work at is too large: lower the resolution")
     return width, height
 
 
@@ -108,19 +110,21 @@ def crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.crop((x, y, x + size[0], y + size[1]))
 
 
-def unfit(
-    edited: Image.Image, original: Image.Image, native: bool = False, touched: Image.Image | None = None
+def restore_size(
+    edited: Image.Image, original: Image.Image, native: bool = False, edited_mask: Image.Image | None = None
 ) -> Image.Image:
     """An edited working picture at the size of the picture it came from, whose cropped-off edges are kept.
 
-    native: it was cropped, not scaled. touched: a mask at working size, outside which the original is kept to the bit.
+    native: it was cropped, not scaled. edited_mask: at working size, outside which the original is kept to the bit.
     """
-    ratio = 1 if native else min(original.width / edited.width, original.height / edited.height)
-    size = round(edited.width * ratio), round(edited.height * ratio)
+    scale = 1 if native else min(original.width / edited.width, original.height / edited.height)
+    size = round(edited.width * scale), round(edited.height * scale)
     corner = (original.width - size[0]) // 2, (original.height - size[1]) // 2
     alpha = Image.new("L", size, 255)
-    if touched is not None:
-        inner = touched if native else touched.filter(ImageFilter.MinFilter(3))  # so that scaling does not spread it
+    if edited_mask is not None:
+        inner = (
+            edited_mask if native else edited_mask.filter(ImageFilter.MinFilter(3))
+        )  # so that scaling does not spread it
         alpha = inner.resize(size, Image.Resampling.NEAREST)
     out = original.copy()
     out.paste(edited if edited.size == size else edited.resize(size, Image.Resampling.LANCZOS), corner, alpha)
@@ -136,6 +140,25 @@ def to_image(x: Tensor, truncate: bool = False) -> Image.Image:
     """(1, 3, H, W), clamped to [-1, 1], -> PIL RGB; rounded, or truncated as the original does (half a level dark)."""
     levels = ((x[0].float().clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).cpu()
     return Image.fromarray((levels if truncate else levels.round()).byte().numpy())
+
+
+def to_latent(editor: Editor, image: Image.Image) -> Tensor:
+    """A working picture's image latent, unscaled: (1, 4, h, w) float32. Raises SamplingError if it is not finite."""
+    z_img = editor.encode(to_tensor(image))
+    if not z_img.isfinite().all():
+        raise SamplingError(f"encoding the picture gave numbers that are not finite, in {editor.dtype}")
+    return z_img
+
+
+def from_latent(editor: Editor, z: Tensor, truncate: bool = False) -> Image.Image:
+    """The picture of a scaled latent (1, 4, h, w), see `to_image`. Raises SamplingError if it is not finite."""
+    if not z.isfinite().all():
+        what = "use --dtype float32" if editor.dtype != torch.float32 else "lower the guidance scales"
+        raise SamplingError(f"the sampled latent is not finite, in {editor.dtype}: {what}")
+    pixels = editor.decode(z)
+    if not pixels.isfinite().all():
+        raise SamplingError("decoding gave numbers that are not finite: are these the right weights?")
+    return to_image(pixels, truncate)
 
 
 def read_mask(
@@ -185,17 +208,17 @@ def latent_mask(mask: Image.Image, factor: int, soft: bool = False) -> Tensor:
     Raises MaskError where nothing is left of it.
     """
     pixels = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None] / 255
-    cells = F.avg_pool2d(pixels, factor)
-    cells = cells if soft else (cells >= 0.5).float()
-    if not cells.any():
+    z = F.avg_pool2d(pixels, factor)
+    z = z if soft else (z >= 0.5).float()
+    if not z.any():
         raise MaskError(
             f"the mask vanishes: it covers no {factor}x{factor} px cell of the working picture by half. "
             "Make it larger, raise the resolution, or leave it soft"
         )
-    return cells
+    return z
 
 
-def paste(edited: Image.Image, background: Image.Image, mask: Image.Image, feather: int) -> Image.Image:
+def paste_back(edited: Image.Image, background: Image.Image, mask: Image.Image, feather: int) -> Image.Image:
     """`edited` inside the mask, `background` outside to the bit, blended over `feather` px that lie inside the mask."""
     alpha, total = mask, np.zeros((mask.height, mask.width))
     for _ in range(feather):

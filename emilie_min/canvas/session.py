@@ -9,24 +9,33 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from ..checkpoint import reading
-from ..emilie import Canvas, Editor, State
+from ..checkpoint.writing import write_tensors
+from ..emilie import Editor
 from ..errors import CanvasError
+from .state import State
 
 FORMAT = "emilie canvas 1"
 
 
-def save_canvas(canvas: Canvas, path: str | Path) -> None:
-    """The whole session, written whole or not at all. Raises CanvasError."""
+def is_session(path: str | Path) -> bool:
+    """Whether a path is for `read`: by its name, or because a .safetensors file's table of contents begins it."""
+    if Path(path).suffix == ".safetensors":
+        return True
+    try:
+        with open(path, "rb") as f:
+            return f.read(9)[8:] == b"{"
+    except OSError:
+        return False
+
+
+def write(canvas, path: str | Path) -> None:
+    """A `Canvas` to a file, whole or not at all. Raises CanvasError."""
     tensors = {"z_init": canvas.z_init, "z_img": canvas.z_img}
     for i, state in enumerate(canvas.states):
         tensors[f"{i}.latent"] = state.latent
-        tensors[f"{i}.image"] = torch.from_numpy(np.array(state.image))
-        if state.mask is not None:
-            tensors[f"{i}.mask"] = torch.from_numpy(np.array(state.mask))
-        for k, (_, mask) in enumerate(state.regions):
-            if mask is not None:
-                tensors[f"{i}.mask.{k}"] = torch.from_numpy(np.array(mask))
+        pictures = {"image": state.image, "mask": state.mask}
+        pictures |= {f"mask.{k}": mask for k, (_, mask) in enumerate(state.regions)}
+        tensors |= {f"{i}.{key}": torch.from_numpy(np.array(p)) for key, p in pictures.items() if p is not None}
     about = {
         "model": canvas.editor.model,
         "dtype": str(canvas.editor.dtype),
@@ -34,7 +43,7 @@ def save_canvas(canvas: Canvas, path: str | Path) -> None:
         "original_size": canvas.original_size,
         "native": canvas.native,
         "at": canvas.at,
-        "undone": canvas.undone,
+        "undone": canvas.redo_stack,
         "states": [
             {"instruction": s.instruction, "parent": s.parent, "settings": s.settings, "f": s.f}
             | ({"regions": [text for text, _ in s.regions]} if s.regions else {})
@@ -42,18 +51,17 @@ def save_canvas(canvas: Canvas, path: str | Path) -> None:
         ],
     }
     try:
-        reading.write(tensors, path, {"format": FORMAT, "canvas": json.dumps(about)})
+        write_tensors(tensors, path, {"format": FORMAT, "canvas": json.dumps(about)})
     except OSError as error:
         raise CanvasError(f"{path}: cannot write the canvas: {error.strerror or error}") from error
 
 
-def open_canvas(path: str | Path, editor: Editor) -> Canvas:
-    """A canvas that `Canvas.save` wrote. To go on with it gives what an uninterrupted session gives, bit for bit.
+def read(path: str | Path, editor: Editor) -> dict:
+    """What `write` wrote, as the fields of a `Canvas`. To go on gives what an uninterrupted session gives, to the bit.
 
     Warns where it was made with other weights or in another dtype. Raises CanvasError for another kind of file, and
-    where the editor's latents have another shape; CheckpointError for weights that cannot edit.
+    where the editor's latents have another shape.
     """
-    editor.check_can_edit()
     if not Path(path).is_file():
         raise CanvasError(f"no canvas at {path}" + (", which is a folder" if Path(path).is_dir() else ""))
     try:
@@ -75,26 +83,30 @@ def open_canvas(path: str | Path, editor: Editor) -> Canvas:
             raise ValueError("its tree of edits is damaged")
         if any(not 0 <= i < len(states) for i in [about["at"], *about["undone"]]):
             raise ValueError("it names a state that it does not hold")
-        size = tuple(about["original_size"])
-        z_init, z_img = tensors["z_init"], tensors["z_img"]
-        canvas = Canvas(
-            editor, about["seed"], size, about["native"], z_init, z_img, states, about["at"], about["undone"]
-        )
-        latents = [z_init, z_img, *(state.latent for state in states)]
-        sizes = {state.image.size for state in states}
+        fields = {
+            "seed": about["seed"],
+            "original_size": tuple(about["original_size"]),
+            "native": about["native"],
+            "z_init": tensors["z_init"],
+            "z_img": tensors["z_img"],
+            "states": states,
+            "at": about["at"],
+            "redo_stack": about["undone"],
+        }
+        made = about["model"], about["dtype"]
     except CanvasError:
         raise
     except Exception as error:  # whatever a broken or foreign file leads to
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CanvasError(f"{path} cannot be read as a canvas: {reason}") from error
     width, height = states[0].image.size
-    shape = (1, editor.config.model.params.channels, height // editor.vae.factor, width // editor.vae.factor)
-    if len(sizes) > 1 or any(tuple(z.shape) != shape for z in latents):
-        raise CanvasError(f"{path} was made with {about['model']}, whose latents {editor.model} cannot use")
-    if (about["model"], about["dtype"]) != (editor.model, str(editor.dtype)):
+    shape = (1, editor.config.diffusion.channels, height // editor.vae.factor, width // editor.vae.factor)
+    latents = [fields["z_init"], fields["z_img"], *(state.latent for state in states)]
+    if len({state.image.size for state in states}) > 1 or any(tuple(z.shape) != shape for z in latents):
+        raise CanvasError(f"{path} was made with {made[0]}, whose latents {editor.model} cannot use")
+    if made != (editor.model, str(editor.dtype)):
         warnings.warn(
-            f"{path} was made with {about['model']} in {about['dtype']} and goes on with {editor.model} "
-            f"in {editor.dtype}",
-            stacklevel=2,
+            f"{path} was made with {made[0]} in {made[1]} and goes on with {editor.model} in {editor.dtype}",
+            stacklevel=3,
         )
-    return canvas
+    return fields

@@ -9,10 +9,10 @@ CUDA a step is compiled and replayed as one graph, and nothing in the loop waits
 brought: `notebooks/speed/README.md`.
 """
 
-import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import is_not
 from pathlib import Path
 
 import torch
@@ -27,17 +27,19 @@ from ..unet import ResBlock, SpatialTransformer, UNetModel, Upsample, timestep_e
 from .deepcache import DeepCache
 
 CACHE = Path.home() / ".cache" / "emilie_min" / "compiled"
-FEW = 256  # cells of a batch at which a convolution's time on a CPU is its weights'
-ROWS = 1024  # of a feed-forward layer at once on a CPU: 10 MB of the widest layer's features
+GEMM_MAX_CELLS = 256  # cells of a batch at which a convolution's time on a CPU is its weights'
+FF_CHUNK = 1024  # of a feed-forward layer at once on a CPU: 10 MB of the widest layer's features
 
 
 class FastEditor(Editor):
-    """An `Editor` whose `denoise` takes the fast path; its networks stay what they are and can be used as ever."""
+    """An `Editor` whose branches take the fast path; its networks stay what they are and can be used as ever."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.step = self.fast = FastUNet(self.unet)
         self.compiled = False
+        self.biases: dict[float, Tensor] = {}  # of every noise level so far
+        self.keys: tuple[list[Tensor], Tensor] | None = None  # texts as rows, and their keys and values
         if self.device.type == "cuda":
             self.vae.to(memory_format=torch.channels_last)
             self.compile(mode="max-autotune")
@@ -50,46 +52,49 @@ class FastEditor(Editor):
         torch._dynamo.config.recompile_limit = 64  # of sizes, branches and reuse in a long session, not of one function
         self.step, self.compiled = torch.compile(self.fast, fullgraph=True, dynamic=False, **options), True
 
+    def denoise(self, x, sigma, z_img, cond, uncond, text_scale, image_scale) -> Tensor:
+        """As `Editor.denoise`, without the branches that cancel out in guidance."""
+        text_one, image_one = (not isinstance(scale, Tensor) and scale == 1 for scale in (text_scale, image_scale))
+        if not image_one:
+            return super().denoise(x, sigma, z_img, cond, uncond, text_scale, image_scale)
+        if text_one:
+            return self.branches([x], sigma, [z_img], [cond])[0]
+        cond, img_cond = self.branches([x, x], sigma, [z_img, z_img], [cond, uncond])
+        return sampling.guide(cond, img_cond, img_cond, text_scale, image_scale)
+
     @torch.no_grad()
-    def denoise(self, x, sigma, z_img, cond, uncond, text_scale, image_scale, weights=(1.0,), unet=None) -> Tensor:
-        """As `Editor.denoise`; the plain path where `unet` is given or the rows' noise levels differ."""
+    def branches(self, x, sigma, seen, told) -> list[Tensor]:
+        """As `Editor.branches`: rows that see the same are one until a text tells them apart, and what is the same at
+        every step, a text's keys and values, is kept; in the plain way where the rows' noise levels differ."""
         levels = torch.as_tensor(sigma, dtype=torch.float32).reshape(-1)
-        if unet is not None or (levels != levels[0]).any():
-            return super().denoise(x, sigma, z_img, cond, uncond, text_scale, image_scale, weights, unet)
-        return self.denoiser(levels[:1], z_img, cond, uncond, weights)(x, levels[0].item(), text_scale, image_scale)
+        if (levels != levels[0]).any():
+            return super().branches(x, sigma, seen, told)
+        level, b, pairs = levels[0].item(), len(x[0]), [(id(y), id(z)) for y, z in zip(x, seen)]
+        first = list(dict.fromkeys(pairs))
+        z_t = [(y.float() / (level**2 + 1) ** 0.5).to(self.dtype) for y in x]
+        unique = [pairs.index(pair) for pair in first]
+        stacked = torch.cat([torch.cat([z_t[i], seen[i].to(self.dtype).expand_as(z_t[i])], dim=1) for i in unique])
+        rows = tuple(first.index(pair) for pair in pairs)
+        cache = self.unet if isinstance(self.unet, DeepCache) else None
+        deep = None if cache is None or cache.is_full_step(len(x) * b) else cache.deep[cache.branch]
+        eps, kept = self.run(stacked, self.bias(level), self.told(told, b), rows, deep)
+        if cache is not None:
+            cache.deep[cache.branch] = kept
+        return [y - level * e for y, e in zip(x, eps.float().chunk(len(x)))]
 
-    @torch.no_grad()
-    def denoiser(self, sigmas, z_img, cond, uncond, weights, reuse=1) -> Callable[..., Tensor]:
-        """As `Editor.denoiser`; what the edit does not change is computed here."""
-        n, cache = len(weights), DeepCache(self.unet, reuse)
-        z_img, texts = z_img.to(self.dtype), (*cond.to(self.dtype).chunk(n), *[uncond.to(self.dtype)] * 2)
+    def bias(self, sigma: float) -> Tensor:
+        """What the timestep's embedding becomes, kept for every noise level."""
+        if sigma not in self.biases:
+            t = sampling.sigma_to_t(torch.tensor([sigma], dtype=torch.float64), self.log_sigmas).float()
+            self.biases[sigma] = self.fast.biases(t.to(self.device), self.dtype)[0]
+        return self.biases[sigma]
 
-        def biases(levels: list[float]) -> dict[float, Tensor]:
-            t = sampling.sigma_to_t(torch.tensor(levels, dtype=torch.float64), self.log_sigmas).float()
-            return dict(zip(levels, self.fast.biases(t.to(self.device), self.dtype)))
-
-        @functools.cache
-        def keys(b: int, k: int) -> Tensor:
-            return self.fast.keys(torch.cat([text.expand(b, -1, -1) for text in texts[:k]]))
-
-        table = biases([sigma for sigma in sigmas.tolist() if sigma > 0])
-
-        @torch.no_grad()
-        def denoise(x: Tensor, sigma: float, text_scale: float | Tensor, image_scale: float | Tensor) -> Tensor:
-            if sigma not in table:
-                table.update(biases([sigma]))
-            x, b, k = x.float(), x.shape[0], sampling.branches(n, text_scale, image_scale)
-            z_t, z = (x / (sigma**2 + 1) ** 0.5).to(self.dtype), z_img.expand(b, -1, -1, -1)
-            seen = [z, torch.zeros_like(z)] if k == n + 2 else [z]  # only the last branch does not see the picture
-            stacked = torch.cat([torch.cat([z_t, picture], dim=1) for picture in seen])
-            rows = (*[0] * min(k, n + 1), *[1] * (k == n + 2))
-            deep = None if cache.fresh(k * b) else cache.deep
-            eps, kept = self.run(stacked, table[sigma], keys(b, k), rows, deep)
-            cache.deep = kept if reuse > 1 else None
-            denoised = [sampling.to_denoised(e, x, sigma) for e in eps.float().chunk(k)]
-            return sampling.combine(denoised, weights, text_scale, image_scale)
-
-        return denoise
+    def told(self, texts: Sequence[Tensor], b: int) -> Tensor:
+        """What the texts become, kept while they are the same tensors."""
+        if self.keys is None or self.keys[1].shape[0] != len(texts) * b or any(map(is_not, self.keys[0], texts)):
+            rows = torch.cat([text.to(self.dtype).expand(b, -1, -1) for text in texts])
+            self.keys = list(texts), self.fast.keys(rows)
+        return self.keys[1]
 
     def run(self, *inputs) -> tuple[Tensor, Tensor]:
         """One call of the step; what it returns is the caller's. Raises EmilieError where it cannot be compiled."""
@@ -147,7 +152,7 @@ class FastUNet(nn.Module):
         b = keys[0].shape[0] // len(rows)
         k = DeepCache.SHALLOW
 
-        def spread(y: Tensor) -> Tensor:  # from the pictures' rows to the branches'
+        def expand_to_branches(y: Tensor) -> Tensor:  # from the pictures' rows to the branches'
             if y.shape[0] == keys[0].shape[0]:
                 return y
             return torch.cat([y[row * b : (row + 1) * b] for row in rows])
@@ -157,7 +162,7 @@ class FastUNet(nn.Module):
                 if isinstance(layer, FastResBlock):
                     x = layer(x, biases[layer.index])
                 elif isinstance(layer, FastTransformer):
-                    x = layer(x, *keys[2 * layer.index : 2 * layer.index + 2], spread)
+                    x = layer(x, *keys[2 * layer.index : 2 * layer.index + 2], expand_to_branches)
                 else:
                     x = layer(x)
             return x
@@ -169,11 +174,11 @@ class FastUNet(nn.Module):
         if deep is None:
             x = run(self.middle_block, x)
             for block in self.output_blocks[:-k]:
-                x = run(block, torch.cat([spread(x), spread(skips.pop())], dim=1))
-            deep = spread(x)
+                x = run(block, torch.cat([expand_to_branches(x), expand_to_branches(skips.pop())], dim=1))
+            deep = expand_to_branches(x)
         x = deep
         for block in self.output_blocks[-k:]:
-            x = run(block, torch.cat([x, spread(skips.pop())], dim=1))
+            x = run(block, torch.cat([x, expand_to_branches(skips.pop())], dim=1))
         return self.out(x), deep
 
 
@@ -208,9 +213,9 @@ class FastUpsample(nn.Module):
         out = x.new_empty(b, c, 2 * height, 2 * width).to(memory_format=torch.channels_last)
         taps = self.conv.weight.permute(0, 2, 3, 1)  # (C, 3, 3, C), as it lies in memory
         for i in (0, 1):  # an even row sees the cell above it and its own, an odd one its own and the one below
-            rows = torch.stack(paired(*taps.unbind(1), i), dim=1)
+            rows = torch.stack(fold_taps(*taps.unbind(1), i), dim=1)
             for j in (0, 1):
-                kernel = torch.stack(paired(*rows.unbind(2), j), dim=2).permute(0, 3, 1, 2)  # (C, C, 2, 2)
+                kernel = torch.stack(fold_taps(*rows.unbind(2), j), dim=2).permute(0, 3, 1, 2)  # (C, C, 2, 2)
                 out[:, :, i::2, j::2] = F.conv2d(F.pad(x, (1 - j, j, 1 - i, i)), kernel, self.conv.bias)
         return out
 
@@ -230,7 +235,7 @@ class FastTransformer(nn.Module):
         for linear, weight in zip(own, self.qkv.data.chunk(3)):  # the readable layers look into it
             linear.weight = nn.Parameter(weight, requires_grad=False)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, spread: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, expand_to_branches: Callable[[Tensor], Tensor]) -> Tensor:
         """x: (B, C, H, W) channels last; k, v: (kB, 77, C) -> (kB, C, H, W) channels last."""
         height, channels = x.shape[2], x.shape[1]
         h = cells(self.norm(x))
@@ -238,12 +243,12 @@ class FastTransformer(nn.Module):
         qkv = F.linear(self.norm1(h), self.qkv).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         h = add_linear(h, attention(*qkv).transpose(1, 2).flatten(2), self.attn1.to_out[0])
         del qkv
-        h, x = spread(h), spread(x)  # from here on the text makes a difference
+        h, x = expand_to_branches(h), expand_to_branches(x)  # from here on the text makes a difference
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (self.attn2.to_q(self.norm2(h)), k, v))
         h = add_linear(h, attention(q, k, v).transpose(1, 2).flatten(2), self.attn2.to_out[0])
         (value, gate), (value_bias, gate_bias) = self.up.weight.chunk(2), self.up.bias.chunk(2)
         rows = h.view(-1, channels)
-        for part in rows.split(ROWS if x.device.type == "cpu" else len(rows)):
+        for part in rows.split(FF_CHUNK if x.device.type == "cpu" else len(rows)):
             y = self.norm3(part)
             y = F.linear(y, value, value_bias).mul_(F.gelu(F.linear(y, gate, gate_bias)))
             part.addmm_(y, self.down.weight.t()).add_(self.down.bias)
@@ -251,7 +256,7 @@ class FastTransformer(nn.Module):
         return x.view(*h.shape).transpose(1, 2).unflatten(2, (height, -1))
 
 
-def paired(first: Tensor, middle: Tensor, last: Tensor, odd: int) -> tuple[Tensor, Tensor]:
+def fold_taps(first: Tensor, middle: Tensor, last: Tensor, odd: int) -> tuple[Tensor, Tensor]:
     """Three weights as two, where the middle's cell is a copy of a neighbour's."""
     return (first + middle, last) if odd else (first, middle + last)
 
@@ -259,7 +264,7 @@ def paired(first: Tensor, middle: Tensor, last: Tensor, odd: int) -> tuple[Tenso
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A convolution; on a CPU of a few cells as one product, which does not lay the weights out anew every time."""
     b, c, height, width = x.shape
-    if x.device.type != "cpu" or b * height * width > FEW:
+    if x.device.type != "cpu" or b * height * width > GEMM_MAX_CELLS:
         return F.conv2d(x, weight, bias, padding=1)
     y = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)
     under = [y[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]

@@ -1,4 +1,4 @@
-"""The lean path, `load(..., low_memory=True)`: a 512 px edit on a card of 4 GB, or in half the memory of a computer.
+"""`load(..., low_memory=True)`: a 512 px edit on a card of 4 GB, or in half the memory of a computer.
 
 On a GPU guidance's branches run one after another, and the three networks wait in main memory and take turns on the
 card. On a CPU, where weights are what fills the memory, every weight is held in float16 and widened while its layer
@@ -6,65 +6,62 @@ runs, so that the arithmetic stays float32: the same numbers as without, where t
 convert` writes. What it costs: `notebooks/speed/README.md`.
 """
 
-from collections import defaultdict
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from ..emilie import Editor
+from ..sampling import Scale
 from .deepcache import DeepCache
 
-NETWORKS = ("unet", "vae", "text")
 
+class LowMemoryEditor(Editor):
+    """An `Editor` of which one network at a time is on the device, and one branch at a time in it."""
 
-class LeanEditor(Editor):
-    """An `Editor` of which one network at a time is on the device: the one that was asked for last."""
-
-    def __init__(self, config, unet: nn.Module, vae: nn.Module, text: nn.Module, *args, **kwargs):
-        self.networks = {"unet": unet, "vae": vae, "text": text}
-        super().__init__(config, unet, vae, text, *args, **kwargs)
-        self.one_by_one = self.device.type != "cpu"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sequential = self.device.type != "cpu"
         if self.device.type == "cpu" and self.dtype == torch.float32:
-            for network in self.networks.values():
-                hold_in_half(network)
+            for network in (self.unet, self.vae, self.text):
+                layerwise_cast(network)
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in NETWORKS:  # those are in `networks`, and found by `__getattr__`
-            super().__setattr__(name, value)
+    def bring(self, needed: nn.Module) -> None:
+        """A network onto the device, after the others have left it."""
+        if self.device.type != "cpu" and next(needed.parameters()).device.type != self.device.type:
+            for network in (self.network, self.vae, self.text):
+                network.to("cpu" if network is not needed else self.device)
 
-    def __getattr__(self, name: str) -> nn.Module:
-        if name not in NETWORKS:
-            raise AttributeError(name)
-        if self.device.type != "cpu":
-            for other in NETWORKS:
-                if other != name:
-                    self.networks[other].to("cpu")
-            self.networks[name].to(self.device)
-        return self.networks[name]
+    @property
+    def network(self) -> nn.Module:
+        """The UNet itself, also while `DeepCache` stands before it."""
+        return self.unet.unet if isinstance(self.unet, DeepCache) else self.unet
 
-    @torch.no_grad()
-    def denoise(self, x, sigma, z_img, cond, uncond, text_scale, image_scale, weights=(1.0,), unet=None) -> Tensor:
-        """As `Editor.denoise`, on a GPU one branch after another."""
-        unet = unet or (self.in_turn() if self.one_by_one else None)
-        return super().denoise(x, sigma, z_img, cond, uncond, text_scale, image_scale, weights, unet)
+    def encode(self, image: Tensor) -> Tensor:
+        self.bring(self.vae)
+        return super().encode(image)
 
-    def denoiser(self, sigmas, z_img, cond, uncond, weights, reuse=1) -> Callable[..., Tensor]:
-        """As `Editor.denoiser`; on a GPU each branch keeps deep features of its own."""
-        if not self.one_by_one:
-            return super().denoiser(sigmas, z_img, cond, uncond, weights, reuse)
-        unet = self.in_turn(reuse)
-        return lambda x, sigma, *scales: self.denoise(x, sigma, z_img, cond, uncond, *scales, weights, unet)
+    def decode(self, z: Tensor) -> Tensor:
+        self.bring(self.vae)
+        return super().decode(z)
 
-    def in_turn(self, reuse: int = 1) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The UNet, row by row."""
-        branches = defaultdict(lambda: DeepCache(self.unet, reuse) if reuse > 1 else self.unet)
-        return lambda *inputs: torch.cat(
-            [branches[i](*row) for i, row in enumerate(zip(*(y.split(1) for y in inputs)))]
-        )
+    def context(self, texts: list[str]) -> Tensor:
+        self.bring(self.text)
+        return super().context(texts)
+
+    def branches(self, x: list[Tensor], sigma: Scale, seen: list[Tensor], told: list[Tensor]) -> list[Tensor]:
+        """As `Editor.branches`, on a GPU one branch after another."""
+        self.bring(self.network)
+        if not self.sequential:
+            return super().branches(x, sigma, seen, told)
+        denoised = []
+        for i, branch in enumerate(zip(x, seen, told)):
+            if isinstance(self.unet, DeepCache):
+                self.unet.branch = i
+            own_x, picture, text = branch
+            denoised += super().branches([own_x], sigma, [picture], [text])
+        return denoised
 
 
-def hold_in_half(network: nn.Module) -> None:
+def layerwise_cast(network: nn.Module) -> None:
     """Keep the weights in float16 and widen those of each layer to float32 while it runs."""
 
     def widen(layer: nn.Module, _) -> None:

@@ -46,7 +46,7 @@ class Method(ABC):
     editor: Editor
 
     def open(self, image: Image.Image, seed: int) -> Chain:
-        """A chain without edits: the picture scaled as `Editor.open` does it."""
+        """A chain without edits: the picture scaled as `canvas.open` does it."""
         defaults = self.editor.config.sampling
         original = images.read_image(image)
         size = images.fit_size(original.size, defaults.resolution, defaults.multiple)

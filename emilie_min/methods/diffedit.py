@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..emilie import whole
+from ..canvas.settings import as_int
 from ..errors import SamplingError
 from . import ddim
 from .text_to_image import TextToImage, Work
@@ -53,7 +53,7 @@ class DiffEdit(TextToImage):
         super().__post_init__()
         if self.mask not in MASKS:
             raise SamplingError(f"unknown mask {self.mask!r}: choose from {', '.join(MASKS)}")
-        if whole(self.maps, "maps") < 1:
+        if as_int(self.maps, "maps") < 1:
             raise SamplingError(f"maps must be 1 or more, not {self.maps}")
         self.check_fraction("threshold")
         self.check_fraction("clamp", top=1000)

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from .. import sampling
 from ..canvas import images
-from ..emilie import Editor, State, checked, random_latent
+from ..canvas.canvas import check_can_edit
+from ..canvas.canvas import open as open_canvas
+from ..canvas.settings import Settings
+from ..canvas.state import State
+from ..emilie import Editor
 from ..errors import SamplingError
 from .base import Chain, Method, Request
 
@@ -42,7 +46,7 @@ class Emilie(Method):
         return self.sigma_low, self.sigma_high
 
     def edit(self, chain: Chain, request: Request) -> Chain:
-        canvas = self.editor.open(chain.original, seed=chain.seed)
+        canvas = open_canvas(chain.original, self.editor, seed=chain.seed)
         for past in chain.requests:  # how many they were decides the noise; only the last one's result is read
             canvas.states.append(State(past.instruction, chain.latent, chain.image, parent=canvas.at))
             canvas.at = len(canvas.states) - 1
@@ -91,11 +95,9 @@ class IterativeInstructPix2Pix(Method):
 
     def edit(self, chain: Chain, request: Request) -> Chain:
         if self.pixels == "float" and chain.latent is not None:
-            with torch.no_grad():
-                picture = self.editor.decode(chain.latent).to(self.editor.dtype)
-                z_img = self.editor.vae.encode(picture).float()
+            z_img = self.editor.encode(self.editor.decode(chain.latent))
         else:
-            z_img = self.editor.encode(chain.image)
+            z_img = images.to_latent(self.editor, chain.image)
         return follow(self, chain, request, z_img, request.instruction)
 
 
@@ -119,21 +121,22 @@ class Concatenated(Method):
 
     def edit(self, chain: Chain, request: Request) -> Chain:
         text = self.separator.join(past.instruction for past in (*chain.requests, request))
-        return follow(self, chain, request, self.editor.encode(self.open(chain.original, chain.seed).image), text)
+        return follow(
+            self, chain, request, images.to_latent(self.editor, self.open(chain.original, chain.seed).image), text
+        )
 
 
-def settle(method: Method) -> dict:
+def settle(method: Method) -> Settings:
     """A method's settings with the config's in the place of None, checked before the first edit of a long run.
 
     Raises SamplingError for what no edit can use, CheckpointError for weights that cannot edit.
     """
-    method.editor.check_can_edit()
+    check_can_edit(method.editor)
     if getattr(method, "pixels", "round") not in ("truncate", "round", "float"):
         raise SamplingError(f"pixels must be truncate, round or float, not {method.pixels!r}")
-    given = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "editor"}
-    given = {k: getattr(method.editor.config.sampling, k) if v is None else v for k, v in given.items()}
-    given |= {"guidance_interval": getattr(method, "guidance_interval", None)}
-    return checked({"gate": "anchor", "rescale": "paper", "iterate": "image", "seed": 0} | given)
+    own = {field.name for field in fields(Settings)}
+    given = {name: getattr(method, name) for name in own if hasattr(method, name)}
+    return Settings(**given).resolve(method.editor.config.sampling, 0)
 
 
 @torch.no_grad()
@@ -144,19 +147,19 @@ def follow(
     editor = method.editor
     settings = settle(method)
     tokens = editor.text.tokenize([text, ""], truncate=True)
-    end = editor.text.config.text_config.eos_token_id
+    end = editor.text.config.eos_token_id
     cond, uncond = editor.text(tokens.to(editor.device)).split(1)
     shape = tuple(z_img.shape)
     latent = editor.sample(
         z_img,
         cond,
         uncond,
-        sampling.get_sigmas(settings["steps"], editor.alphas_cumprod),
-        random_latent(shape, chain.seed, "init")(),
-        random_latent(shape, chain.seed, "edit", len(chain.requests)),
-        text_scale=settings["text_scale"],
-        image_scale=settings["image_scale"],
+        sampling.get_sigmas(settings.steps, editor.alphas_cumprod),
+        sampling.noise_stream(shape, chain.seed, "init")(),
+        sampling.noise_stream(shape, chain.seed, "edit", len(chain.requests)),
+        text_scale=settings.text_scale,
+        image_scale=settings.image_scale,
     ).cpu()
-    image = images.to_image(editor.decode(latent), truncate=method.pixels == "truncate")
+    image = images.from_latent(editor, latent, truncate=method.pixels == "truncate")
     notes = {"tokens": int((tokens[0] != end).sum()) + 1}
     return replace(chain, image=image, latent=latent, requests=(*chain.requests, request), notes=notes, mask=None)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..emilie import whole
+from ..canvas.settings import as_int
 from ..errors import SamplingError
 from ..unet import SpatialTransformer, UNetModel
 from . import ddim, hooks
@@ -70,9 +70,9 @@ class PlugAndPlay(TextToImage):
 
     def __post_init__(self):
         super().__post_init__()
-        total = self.editor.config.model.params.timesteps
+        total = self.editor.config.diffusion.timesteps
         self.inversion_steps = total - 1 if self.inversion_steps is None else self.inversion_steps
-        ddim.timesteps(whole(self.inversion_steps, "inversion_steps"), total)  # raises where there are none
+        ddim.timesteps(as_int(self.inversion_steps, "inversion_steps"), total)  # raises where there are none
         self.check_fraction("feature_steps")
         self.check_fraction("attention_steps")
         modules(self.editor.unet, self.feature_block, self.attention_block)

@@ -11,8 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..canvas import images
-from ..emilie import Editor, memory_told, random_latent, whole
-from ..errors import CheckpointError, InstructionError, SamplingError
+from ..canvas.settings import as_int
+from ..emilie import Editor
+from ..errors import CheckpointError, InstructionError, SamplingError, explain_oom
+from ..sampling import noise_stream
 from . import ddim
 from .base import Chain, Method, Request
 
@@ -86,7 +88,7 @@ class TextToImage(Method):
     guidance: float | None = None
 
     def __post_init__(self):
-        unet, params, defaults = self.editor.unet, self.editor.config.model.params, self.editor.config.sampling
+        unet, params, defaults = self.editor.unet, self.editor.config.diffusion, self.editor.config.sampling
         if unet.in_channels != params.channels:
             raise CheckpointError(
                 f"{self.editor.model} takes {unet.in_channels} channels and {type(self).__name__} needs "
@@ -94,7 +96,7 @@ class TextToImage(Method):
             )
         if self.prompt not in PROMPTS:
             raise SamplingError(f"unknown prompt {self.prompt!r}: choose from {', '.join(PROMPTS)}")
-        self.steps = whole(defaults.steps if self.steps is None else self.steps, "steps")
+        self.steps = as_int(defaults.steps if self.steps is None else self.steps, "steps")
         ddim.timesteps(self.steps, params.timesteps)  # raises where there are none
         self.guidance = defaults.text_scale if self.guidance is None else self.guidance
         if not isinstance(self.guidance, (int, float)) or not math.isfinite(self.guidance):
@@ -113,13 +115,13 @@ class TextToImage(Method):
                 'show: give the request a caption, or set prompt to "instruction"'
             )
         before = (request.before or "") if self.prompt == "caption" else ""
-        with memory_told(f"at {chain.image.width}x{chain.image.height} px: lower --resolution"):
-            source = editor.scale_factor * editor.encode(chain.image)
-            draw = random_latent(tuple(source.shape), chain.seed, "edit", len(chain.requests))
+        with explain_oom(f"at {chain.image.width}x{chain.image.height} px: lower --resolution"):
+            source = editor.scale_factor * images.to_latent(editor, chain.image)
+            draw = noise_stream(tuple(source.shape), chain.seed, "edit", len(chain.requests))
             alphas = editor.alphas_cumprod.double().tolist()
             work = Work(editor, chain, request, text, before, source, lambda: draw().to(source.device), alphas)
             latent = self.run(work).cpu()
-            image = images.to_image(editor.decode(latent))
+            image = images.from_latent(editor, latent)
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "editor"}
         notes = {**settings, "text": text, "unet_passes": work.passes, **work.notes}
         requests = (*chain.requests, request)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import sampling
-from ..emilie import Editor, random_latent
+from ..emilie import Editor
 from ..errors import EmilieError
 from ..loading import load
 
@@ -75,7 +75,7 @@ class Ours(Entrant):
     ) -> Tensor:
         """From unit noise (B, 4, h, w) to a latent; stream: of the noise between the steps, None = as an edit's."""
         sigmas = sampling.get_sigmas(steps, self.alphas_cumprod)
-        stream = stream or random_latent(tuple(noise.shape), 0, "edit", 0)
+        stream = stream or sampling.noise_stream(tuple(noise.shape), 0, "edit", 0)
         return self.editor.sample(z_img, cond, uncond, sigmas, noise, stream, **SCALES)
 
     def decode(self, z: Tensor) -> Tensor:  # (B, 4, h, w) -> (B, 3, H, W)
@@ -90,8 +90,7 @@ class Diffusers(Entrant):
         diffusers = import_diffusers()
         from diffusers.loaders import single_file_utils as convert
 
-        params, scale = editor.config.model.params, editor.scale_factor
-        unet, dd = params.unet_config.params, params.first_stage_config.params.ddconfig
+        unet, dd, diffusion = editor.config.unet, editor.config.vae, editor.config.diffusion
         attends = [2**level in unet.attention_resolutions for level in range(len(unet.channel_mult))]
         with torch.device("meta"):
             self.unet = diffusers.UNet2DConditionModel(
@@ -112,7 +111,7 @@ class Diffusers(Entrant):
                 layers_per_block=dd.num_res_blocks,
                 latent_channels=dd.z_channels,
                 norm_num_groups=dd.num_groups,
-                scaling_factor=scale,
+                scaling_factor=editor.scale_factor,
             )
         state = {f"model.diffusion_model.{k}": v for k, v in editor.unet.state_dict().items()}
         adopt(self.unet, convert.convert_ldm_unet_checkpoint(state, dict(self.unet.config)))
@@ -122,9 +121,9 @@ class Diffusers(Entrant):
         if compiled:
             self.unet.compile(mode="max-autotune" if self.device.type == "cuda" else "default", dynamic=False)
         scheduler = diffusers.EulerAncestralDiscreteScheduler(
-            num_train_timesteps=params.timesteps,
-            beta_start=params.linear_start,
-            beta_end=params.linear_end,
+            num_train_timesteps=diffusion.timesteps,
+            beta_start=diffusion.linear_start,
+            beta_end=diffusion.linear_end,
             beta_schedule="scaled_linear",
             timestep_spacing="linspace",
         )
@@ -177,14 +176,15 @@ class Original(Entrant):
 
     def __init__(self, editor: Editor, folder: str | Path):
         super().__init__(editor)
-        params = editor.config.model.params.unet_config.params
-        keys = ("image_size", "in_channels", "out_channels", "model_channels", "attention_resolutions", "channel_mult")
-        keys += ("num_res_blocks", "num_heads", "use_spatial_transformer", "transformer_depth", "context_dim", "legacy")
+        params = editor.config.unet
+        keys = ("in_channels", "out_channels", "model_channels", "attention_resolutions", "channel_mult")
+        keys += ("num_res_blocks", "num_heads", "context_dim")
+        fixed = {"image_size": 32, "use_spatial_transformer": True, "transformer_depth": 1, "legacy": False}
         try:
             with importable(original(folder)), torch.device("meta"):
                 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-                self.unet = UNetModel(**{key: getattr(params, key) for key in keys}, use_checkpoint=False)
+                self.unet = UNetModel(**{key: getattr(params, key) for key in keys}, **fixed, use_checkpoint=False)
             adopt(self.unet, {key: value.float() for key, value in editor.unet.state_dict().items()})
         except (ImportError, AttributeError, TypeError, RuntimeError) as error:
             raise EmilieError(

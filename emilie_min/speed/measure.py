@@ -19,10 +19,11 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..canvas.canvas import check_can_edit
+from ..checkpoint.networks import build
 from ..config import Config
-from ..emilie import memory_told, random_latent
-from ..errors import EmilieError
-from ..loading import build
+from ..errors import EmilieError, explain_oom
+from ..sampling import noise_stream
 from ..text import LENGTH
 from .against import Entrant, builders
 
@@ -110,10 +111,10 @@ class Inputs:
     """
 
     def __init__(self, entrant: Entrant, batch: int, resolution: int):
-        params, device = entrant.config.model.params, entrant.device
-        text, generator = params.cond_stage_config.params.text_config, torch.Generator().manual_seed(0)
+        config, device = entrant.config, entrant.device
+        text, generator = config.text, torch.Generator().manual_seed(0)
         side = resolution // entrant.factor
-        self.shape = (batch, params.channels, side, side)
+        self.shape = (batch, config.diffusion.channels, side, side)
         self.pixels = 2 * torch.rand((batch, 3, resolution, resolution), generator=generator) - 1
         self.pixels = self.pixels.to(device, entrant.dtype)
         self.token_ids = torch.randint(text.vocab_size, (batch + 1, LENGTH), generator=generator).to(device)
@@ -140,7 +141,7 @@ def outputs(entrant: Entrant, inputs: Inputs, whole: bool) -> dict[str, Tensor]:
     given = inputs.z_img, inputs.cond, inputs.uncond
     out = {"step": inputs.x - entrant.stepper(*given)(inputs.x, SIGMA)}
     if whole and entrant.whole:
-        stream = random_latent(inputs.shape, 0, "speed")
+        stream = noise_stream(inputs.shape, 0, "speed")
         out["encode"], out["text"] = entrant.encode(inputs.pixels), entrant.text(inputs.token_ids)
         out["denoise"] = entrant.denoise(*given, inputs.noise, CHECK_STEPS, stream)
         out["decode"] = entrant.decode(inputs.noise)
@@ -165,14 +166,13 @@ def flops(config: Config, batch: int, resolution: int) -> dict[str, int]:
     Counted on the meta device: nothing is computed, and attention, which the counter does not know in the CPU's fused
     form, is made of matrix products there.
     """
-    params = config.model.params
     counted = {}
     with torch.device("meta"), torch.no_grad():
         networks = build(config)
         side = resolution // networks["vae"].factor
-        z = torch.empty(batch, params.channels, side, side)
-        stacked = torch.empty(3 * batch, params.unet_config.params.in_channels, side, side)
-        context = torch.empty(3 * batch, LENGTH, params.unet_config.params.context_dim)
+        z = torch.empty(batch, config.diffusion.channels, side, side)
+        stacked = torch.empty(3 * batch, config.unet.in_channels, side, side)
+        context = torch.empty(3 * batch, LENGTH, config.unet.context_dim)
         parts = {
             "encode": lambda: networks["vae"].encode(torch.empty(batch, 3, resolution, resolution)),
             "text": lambda: networks["text"](torch.zeros(batch + 1, LENGTH, dtype=torch.long)),
@@ -203,7 +203,7 @@ def measure(setting: Setting, say: Callable[[str], None] = lambda line: None) ->
     """All that `emilie speed` reports, in JSON's types, every repeat's seconds as they were. Raises EmilieError."""
     threads = torch.get_num_threads()
     try:
-        with memory_told(f"at {setting.resolution} px: lower --resolution or --batch"):
+        with explain_oom(f"at {setting.resolution} px: lower --resolution or --batch"):
             result = timings(setting, say)
         if result["machine"]["cuda"]:
             torch.cuda.empty_cache()
@@ -270,8 +270,8 @@ def prepare(setting: Setting, made: dict[str, Callable[[], Entrant]]) -> dict[st
     for name, make in made.items():
         entrants[name] = entrant = make()
         if name == "emilie":
-            entrant.editor.check_can_edit()
-            multiple = entrant.factor * 2**entrant.editor.unet.halvings
+            check_can_edit(entrant.editor)
+            multiple = entrant.factor * 2**entrant.editor.unet.num_downsamples
             if setting.resolution % multiple:
                 raise EmilieError(f"--resolution {setting.resolution}: this model needs a multiple of {multiple} px")
             if setting.threads and entrant.device.type != "cpu":

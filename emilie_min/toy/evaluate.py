@@ -17,11 +17,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..canvas import images
-from ..config import GATES, RESCALES, SAMPLERS
-from ..emilie import Canvas, Editor, random_latent
+from ..canvas.canvas import Canvas, open
+from ..canvas.settings import GATES, RESCALES, SAMPLERS
+from ..emilie import Editor
 from ..errors import SamplingError
 from ..methods import ddim
 from ..methods.text_to_image import predict
+from ..sampling import noise_stream
 from . import world
 from .judge import judge, psnr, read
 
@@ -59,7 +61,7 @@ def share(outcomes: list[bool]) -> float:
 
 def through_autoencoder(editor: Editor, image: Image.Image) -> Image.Image:
     """A picture encoded and decoded: what no edit can do better than."""
-    return images.to_image(editor.decode(editor.scale_factor * editor.encode(image)))
+    return images.from_latent(editor, editor.scale_factor * images.to_latent(editor, image))
 
 
 def autoencoder(editor: Editor, scenes: int) -> dict:
@@ -96,7 +98,7 @@ def edits(editor: Editor, scenes: int) -> dict:
     for i in tqdm(range(scenes), desc=f"single edits and chains of {TURNS}"):
         kind = world.KINDS[i % len(world.KINDS)]
         scene, steps = script(FIRST + i, kind, TURNS)
-        canvas = editor.open(world.render(scene), seed=i)
+        canvas = open(world.render(scene), editor, seed=i)
         first = follow(canvas, steps[:1])
         by_kind[kind] += first
         mixed += first
@@ -121,7 +123,7 @@ def held_out(editor: Editor, scenes: int) -> dict:
     right = []
     for i in tqdm(range(scenes), desc="held-out combinations"):
         scene, steps = script(FIRST + i, world.KINDS[i % len(world.KINDS)], 1, held_out=True)
-        right += follow(editor.open(world.render(scene), seed=i), steps)
+        right += follow(open(world.render(scene), editor, seed=i), steps)
     return {"scenes": scenes, "single": share(right)}
 
 
@@ -136,7 +138,7 @@ def drift(editor: Editor, scenes: int) -> dict:
             curve.append(psnr(again, first))
         curves["autoencoder alone"].append(curve)
         for iterate in ("image", "latent"):
-            canvas = editor.open(first, seed=i)
+            canvas = open(first, editor, seed=i)
             curve = [psnr(canvas.edit("", iterate=iterate, allow_empty=True), first) for _ in range(DRIFT_TURNS)]
             curves[f"{iterate} iteration"].append(curve)
     return {name: [round(float(v), 2) for v in np.mean(curve, axis=0)] for name, curve in curves.items()}
@@ -149,7 +151,7 @@ def rescales(editor: Editor, scenes: int) -> dict:
         right, factors, refused = [], [], 0
         for i in tqdm(range(scenes), desc=f"rescale={rescale}"):
             scene, steps = script(FIRST + i, world.KINDS[i % len(world.KINDS)], TURNS)
-            canvas = editor.open(world.render(scene), seed=i)
+            canvas = open(world.render(scene), editor, seed=i)
             try:
                 right.append(all(follow(canvas, steps, rescale=rescale)))
             except SamplingError:
@@ -169,7 +171,7 @@ def gates(editor: Editor, scenes: int) -> dict:
         right, moved = [], []
         for i in tqdm(range(scenes), desc=f"gate={gate}"):
             scene, [(text, after, mask)] = script(FIRST + i, LOCAL[i % len(LOCAL)], 1)
-            canvas = editor.open(world.render(scene), seed=i)
+            canvas = open(world.render(scene), editor, seed=i)
             before = canvas.image
             image = canvas.edit(text) if gate == "no mask" else canvas.edit(text, mask, gate=gate)
             right.append(judge(image, after).correct)
@@ -185,7 +187,7 @@ def less(editor: Editor, scenes: int) -> dict:
     right, apart, seconds, pictures = defaultdict(list), defaultdict(list), defaultdict(float), {}
     for i in tqdm(range(scenes), desc="faster by doing less"):
         scene, [(text, after, _)] = script(FIRST + i, world.KINDS[i % len(world.KINDS)], 1)
-        canvas = editor.open(world.render(scene), seed=i)
+        canvas = open(world.render(scene), editor, seed=i)
         for way, settings in LESS.items():
             canvas.branch(0)
             started = time.perf_counter()
@@ -225,7 +227,7 @@ def regions(editor: Editor, scenes: int) -> dict:
     right, seconds = defaultdict(list), defaultdict(list)
     for i in tqdm(range(scenes), desc="two regions, in one pass and in turn"):
         scene, after, pairs = two_places(FIRST + i, *kinds[i % len(kinds)])
-        canvas = editor.open(world.render(scene), seed=i)
+        canvas = open(world.render(scene), editor, seed=i)
         for way, passes in (("one pass", [pairs]), ("in turn", [[pair] for pair in pairs])):
             canvas.branch(0)
             started = time.perf_counter()
@@ -253,7 +255,7 @@ def captions(editor: Editor, scenes: int, batch: int = 16) -> dict:
         context = torch.cat([uncond.expand(len(truths), -1, -1), editor.context([world.caption(s) for s in truths])])
 
         eps = partial(predict, editor, context.to(editor.dtype), defaults.text_scale)
-        noise = random_latent((len(truths), editor.config.model.params.channels, side, side), first)()
+        noise = noise_stream((len(truths), editor.config.diffusion.channels, side, side), first)()
         for x, truth in zip(editor.decode(ddim.sample(eps, noise.to(editor.device), levels, alphas)), truths):
             shown = read(images.to_image(x[None])).scene
             right.append(shown == replace(truth, objects=shown.objects) and named(shown) == named(truth))
@@ -270,7 +272,7 @@ def evaluate(editor: Editor, scenes: int, out: Path | None = None, quick: bool =
 
     Of the text-to-image model only the autoencoder and `captions`.
     """
-    small, edit = max(1, scenes // 4), editor.unet.in_channels > editor.config.model.params.channels
+    small, edit = max(1, scenes // 4), editor.unet.in_channels > editor.config.diffusion.channels
     parts = [(autoencoder, scenes), (edits if edit else captions, scenes)]
     if edit and not quick:
         parts += [(held_out, small), (drift, max(1, scenes // 10)), (rescales, small), (gates, small), (regions, small)]

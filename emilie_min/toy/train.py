@@ -40,8 +40,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoint import reading
-from ..checkpoint.writing import replacing
+from ..checkpoint.tokenizer import Tokenizer
+from ..checkpoint.writing import atomic_write, write_tensors
 from ..config import load_config
 from ..sampling import alphas_cumprod
 from ..text import TextEncoder
@@ -103,7 +103,7 @@ class Run:
         if RANK:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as f:
+        with atomic_write(self.path) as f:
             torch.save({"step": self.step, **{name: part.state_dict() for name, part in self.parts.items()}}, f)
 
 
@@ -147,9 +147,7 @@ def autocast(args):
 
 def train_vae(args, config) -> None:
     """L1 on pixels, three times as much where an object is, and a weak KL term."""
-    vae = AutoencoderKL(config.model.params.first_stage_config.params).to(
-        args.device, memory_format=torch.channels_last
-    )
+    vae = AutoencoderKL(config.vae).to(args.device, memory_format=torch.channels_last)
     ema = EMA(vae, 0.999)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     run = Run(args.runs / "vae.pt", vae=vae, ema=ema.module, optimizer=optimizer)
@@ -184,10 +182,10 @@ def train_vae(args, config) -> None:
 class Editing(nn.Module):
     """UNet and text model together, since they train together."""
 
-    def __init__(self, params):
+    def __init__(self, config):
         super().__init__()
-        self.unet = UNetModel(params.unet_config.params)
-        self.text = TextEncoder(params.cond_stage_config.params)
+        self.unet = UNetModel(config.unet)
+        self.text = TextEncoder(config.text, Tokenizer(config.text))
 
 
 @torch.no_grad()
@@ -202,7 +200,7 @@ def pool(args, config, vae: nn.Module, text: TextEncoder, first: int, size: int)
             pictures += [world.pixels(p[0]) for p in pairs]
         with autocast(args):
             z = vae.encode(to_tensor(pictures).to(args.device, memory_format=torch.channels_last)).float()
-        targets.append(z[: len(pairs)] * config.model.params.scale_factor)
+        targets.append(z[: len(pairs)] * config.diffusion.scale_factor)
         sources.append(z[len(pairs) :] if args.stage == "edit" else z[:, :0])
         texts += [p[1] if args.stage == "edit" else world.caption(p[2]) for p in pairs]
     return torch.cat(sources), torch.cat(targets), text.tokenize(texts).to(args.device)
@@ -219,11 +217,10 @@ def begin_from_edit(model: Editing, path: Path) -> None:
 def train_unet(args, config) -> None:
     """InstructPix2Pix's objective on pairs of the world, or latent diffusion's on captions of it; `args.reuse` draws
     of noise for each latent encoded."""
-    params = config.model.params
-    vae = AutoencoderKL(params.first_stage_config.params).to(args.device, memory_format=torch.channels_last)
+    vae = AutoencoderKL(config.vae).to(args.device, memory_format=torch.channels_last)
     vae.load_state_dict(torch.load(args.runs / "vae.pt", weights_only=True, map_location="cpu")["ema"])
     vae.eval().requires_grad_(False)
-    model = Editing(params).to(args.device)
+    model = Editing(config).to(args.device)
     model.unet.to(memory_format=torch.channels_last)
     # the output starts at zero and so does every residual branch, as in the original
     zero = [model.unet.out[2]]
@@ -238,7 +235,8 @@ def train_unet(args, config) -> None:
     ema = EMA(model, args.ema)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
     run = Run(args.runs / f"{args.stage}.pt", model=model, ema=ema.module, optimizer=optimizer)
-    cumprod = alphas_cumprod(params.linear_start, params.linear_end, params.timesteps).to(args.device)
+    diffusion = config.diffusion
+    cumprod = alphas_cumprod(diffusion.linear_start, diffusion.linear_end, diffusion.timesteps).to(args.device)
     empty = model.text.tokenize([""]).to(args.device)
     per_pool = args.pool * args.reuse // args.batch
     now, order, data = -1, None, None
@@ -275,7 +273,7 @@ def train_unet(args, config) -> None:
 def export(args, config) -> None:
     """The three networks' averaged weights as one file in the original's key layout, float16."""
     vae = torch.load(args.runs / "vae.pt", weights_only=True, map_location="cpu")["ema"]
-    stage = "edit" if config.model.params.unet_config.params.in_channels == 8 else "caption"
+    stage = "edit" if config.unet.in_channels == 8 else "caption"
     edit = torch.load(args.runs / f"{stage}.pt", weights_only=True, map_location="cpu")
     prefixes = {
         "unet.": "model.diffusion_model.",
@@ -286,7 +284,7 @@ def export(args, config) -> None:
         old = next(p for p in prefixes if key.startswith(p))
         out[prefixes[old] + key.removeprefix(old)] = value
     out = {key: value.to(torch.float16).contiguous() for key, value in out.items() if value.is_floating_point()}
-    reading.write(out, args.out, {"family": "EMA", "config": args.config, "steps": str(edit["step"])})
+    write_tensors(out, args.out, {"family": "EMA", "config": args.config, "steps": str(edit["step"])})
     print(f"{args.out}: {len(out)} tensors, {args.out.stat().st_size / 1e6:.1f} MB, after {edit['step']} steps")
 
 

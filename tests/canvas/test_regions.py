@@ -15,7 +15,7 @@ from torch import nn
 
 import emilie_min as emilie
 from emilie_min import sampling
-from emilie_min.config import GATES
+from emilie_min.canvas.settings import GATES
 from emilie_min.errors import CanvasError, InstructionError, MaskError
 from emilie_min.toy import evaluate, world
 
@@ -26,7 +26,7 @@ NIGHT, DAY, COMIC = "make it night", "make it day", "turn it into a comic"
 class Pointwise(nn.Module):
     """A network whose noise prediction is linear and looks at one cell alone; it counts the branches it is given."""
 
-    in_channels, halvings = 8, 1
+    in_channels, num_downsamples = 8, 1
 
     def __init__(self):
         super().__init__()

@@ -62,7 +62,7 @@ def test_fast_unet_equals_the_plain_one(small, rows):
     plain, fast = small
     draw = torch.Generator().manual_seed(0)
     seen = torch.randn(max(rows) + 1, 8, 16, 24, generator=draw)
-    context = torch.randn(len(rows), 77, plain.config.model.params.unet_config.params.context_dim, generator=draw)
+    context = torch.randn(len(rows), 77, plain.config.unet.context_dim, generator=draw)
     t = torch.tensor([417.3])
     eps = plain.unet(seen[list(rows)], t.expand(len(rows)), context)
     bias, keys = fast.fast.biases(t, torch.float32)[0], fast.fast.keys(context)
@@ -343,7 +343,7 @@ def test_a_sampler_that_is_none_where_an_editor_samples(plain):
 
 
 def test_the_config_names_the_samplers_there_are():
-    from emilie_min.config import SAMPLERS
+    from emilie_min.canvas.settings import SAMPLERS
 
     assert SAMPLERS == tuple(sampling.SAMPLERS)
 

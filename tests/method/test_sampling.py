@@ -14,7 +14,7 @@ TEXT_SCALE, IMAGE_SCALE = 7.5, 1.5
 
 @pytest.fixture(scope="module")
 def schedule(small_config):
-    params = small_config.model.params
+    params = small_config.diffusion
     alphas_cumprod = sampling.alphas_cumprod(params.linear_start, params.linear_end, params.timesteps)
     return alphas_cumprod, sampling.log_sigmas(alphas_cumprod)
 
@@ -62,7 +62,7 @@ def run(denoise, goldens, **more):
 
 def decoded(networks, small_config, z):
     with torch.no_grad():
-        return networks["vae"].decode(z / small_config.model.params.scale_factor)
+        return networks["vae"].decode(z / small_config.diffusion.scale_factor)
 
 
 def test_tables(schedule, goldens):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from emilie_min.config import TextConfig, TextParams, load_config
+from emilie_min.checkpoint.tokenizer import Tokenizer
+from emilie_min.config import TextConfig, load_config
 from emilie_min.errors import InstructionError, TokenizerError
 from emilie_min.text import TextEncoder
 
@@ -26,7 +27,8 @@ def folder(tmp_path_factory):
 
 def encoder(*folders, **ids) -> TextEncoder:
     ids = {"vocab_size": 518, "bos_token_id": 516, "eos_token_id": 517, "pad_token_id": 517, **ids}
-    return TextEncoder(TextParams(TextConfig(**SMALL, **ids), version="nobody/nothing"), folders)
+    config = TextConfig(**SMALL, **ids, version="nobody/nothing")
+    return TextEncoder(config, Tokenizer(config, folders))
 
 
 def test_clip_tokens_are_merged_marked_and_padded(folder, tmp_path):
@@ -67,8 +69,8 @@ def test_another_models_tokenizer(folder):
 
 
 def test_small_models_words():
-    params = load_config("toy").model.params.cond_stage_config.params
-    text = TextEncoder(params)
+    params = load_config("toy").text
+    text = TextEncoder(params, Tokenizer(params))
     row = text.tokenize(["Make it night."])[0].tolist()
     assert row[:5] == [62, *(params.words.index(w) for w in ("make", "it", "night")), 63] and set(row[5:]) == {63}
     with pytest.raises(InstructionError, match="does not know 'winter'; its words are: a add .* yellow"):
@@ -78,4 +80,4 @@ def test_small_models_words():
 def test_the_small_models_config_knows_the_worlds_words():
     from emilie_min.toy import world
 
-    assert tuple(load_config("toy").model.params.cond_stage_config.params.words) == world.VOCABULARY
+    assert tuple(load_config("toy").text.words) == world.VOCABULARY

@@ -290,7 +290,7 @@ def test_an_unknown_module_is_refused_with_its_likes(editor, context):
 
 def test_on_stable_diffusion_the_original_s_modules_are_injected():
     with torch.device("meta"):
-        unet = UNetModel(load_config("sd15").model.params.unet_config.params)
+        unet = UNetModel(load_config("sd15").unet)
     features, attention = modules(unet)
     assert features == ["output_blocks.4.0.out_layers"]
     expected = [f"output_blocks.{i}.1.transformer_blocks.0.attn1.to_{x}" for i in range(4, 12) for x in "qk"]

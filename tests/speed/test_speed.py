@@ -37,6 +37,8 @@ from emilie_min.config import UNetConfig
 
 class UNetModel(unet.UNetModel):
     def __init__(self, use_checkpoint, **params):
+        fixed = ("image_size", "use_spatial_transformer", "transformer_depth", "legacy")
+        params = {{key: value for key, value in params.items() if key not in fixed}}
         super().__init__(UNetConfig(**params, num_groups=32))
 
     def forward(self, x, timesteps, context):

@@ -88,7 +88,7 @@ def test_training_resumes_and_exports_a_model_that_loads(tmp_path, monkeypatch, 
     assert torch.load(tmp_path / "edit.pt", weights_only=True)["step"] == 3
     stage("export", tmp_path / "toy.safetensors")
     fresh = emilie.load(tmp_path / "toy.safetensors", device="cpu")
-    assert fresh.report.family == "raw"
+    assert fresh.family == "raw"
     fresh.open(world.render(world.scene(0))).edit("make it night", steps=1)
 
 

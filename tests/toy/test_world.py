@@ -269,6 +269,6 @@ def test_a_caption_names_everything_and_no_more():
 
 
 def test_both_models_know_the_words_in_one_order():
-    words = [load_config(name).model.params.cond_stage_config.params.words for name in ("toy", "toy-t2i")]
+    words = [load_config(name).text.words for name in ("toy", "toy-t2i")]
     assert words[0] == list(VOCABULARY) and words[1] == list(CAPTION_VOCABULARY)
     assert words[1][: len(words[0])] == words[0]

@@ -1,0 +1,108 @@
+"""The settings of an edit, checked once; without PyTorch, so that `emilie --help` can read their names."""
+
+import math
+import operator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..config import GATES, SamplingConfig
+from ..errors import SamplingError
+
+RESCALES = ("paper", "signed", "exact", "none")  # how f is found: see `Canvas.image_latent`
+ITERATES = ("latent", "image")  # what the next edit starts from
+SAMPLERS = ("euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde")
+CHOICES = {"gate": GATES, "rescale": RESCALES, "iterate": ITERATES, "sampler": SAMPLERS}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an edit can be told beside instruction and mask. Raises SamplingError for what no edit can use.
+
+    steps, text_scale, image_scale: None = the config's. gate: what a mask does, see `Editor.steps`; soft: keep the
+    mask's greys. rescale: how f is found, see `Canvas.image_latent`. iterate: "latent" is Alg. 1, "image" encodes the
+    current picture instead (what Fig. 2 compares against). keep_background: outside the masks keep the current
+    picture's pixels to the bit. allow_empty: permit the instruction "", to study drift. seed: of the noise added
+    between steps, None = the canvas's; two edits at the same depth of a canvas draw the same noise. Faster by doing
+    less, off by default: sampler, see `faster.dpmpp`; guidance_interval, (low, high) noise levels between which to
+    guide, see `faster.interval`; reuse: run the UNet's deep layers at every n-th step only, see `faster.deepcache`.
+    """
+
+    steps: int | None = None
+    text_scale: float | None = None
+    image_scale: float | None = None
+    gate: str = "anchor"
+    soft: bool = False
+    rescale: str = "paper"
+    iterate: str = "latent"
+    keep_background: bool = False
+    allow_empty: bool = False
+    seed: int | None = None
+    sampler: str = "euler_ancestral"
+    guidance_interval: tuple[float, float] | None = None
+    reuse: int = 1
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise SamplingError(f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(allowed)}")
+        for name in ("soft", "keep_background", "allow_empty"):
+            self._set(name, bool(getattr(self, name)))
+        for name in ("steps", "reuse"):
+            if getattr(self, name) is not None:
+                self._set(name, as_int(getattr(self, name), name, 1, 1000))
+        if self.seed is not None:
+            self._set("seed", as_int(self.seed, "seed"))
+        for name in ("text_scale", "image_scale"):
+            if getattr(self, name) is not None:
+                self._set(name, as_finite(getattr(self, name), name))
+        if self.guidance_interval is not None:
+            self._set("guidance_interval", as_interval(self.guidance_interval))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # what is frozen is set once, here
+
+    def resolve(self, defaults: SamplingConfig, seed: int) -> "Settings":
+        """With the config's numbers and the canvas's seed in the places of None."""
+        given = {"steps": defaults.steps, "text_scale": defaults.text_scale, "image_scale": defaults.image_scale}
+        missing: dict[str, Any] = {
+            name: value for name, value in (given | {"seed": seed}).items() if getattr(self, name) is None
+        }
+        return replace(self, **missing)
+
+    def record(self) -> dict[str, Any]:
+        """What a state keeps of them."""
+        return {name: value for name, value in asdict(self).items() if name != "allow_empty"}
+
+
+def as_int(value: object, name: str, low: int | None = None, high: int | None = None) -> int:
+    """A whole number of any integer type as an int. Raises SamplingError."""
+    within = "" if low is None else f" from {low} to {high}"
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]  # what has no index is told
+    except TypeError:
+        raise SamplingError(f"{name} must be a whole number{within}, not {value!r}") from None
+    if low is not None and high is not None and not low <= number <= high:
+        raise SamplingError(f"{name} must be a whole number{within}, not {number}")
+    return number
+
+
+def as_finite(value: object, name: str) -> float:
+    """A finite number as a float. Raises SamplingError."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.inf
+    if not math.isfinite(number):
+        raise SamplingError(f"{name} must be a finite number, not {value!r}")
+    return number
+
+
+def as_interval(value: object) -> tuple[float, float]:
+    """Two noise levels as floats. Raises SamplingError."""
+    try:
+        low, high = (float(level) for level in value)  # type: ignore[attr-defined]
+        if 0 <= low < high:  # NaN is neither
+            return low, high
+    except (TypeError, ValueError):
+        pass
+    raise SamplingError(f"guidance_interval is two noise levels, (low, high) with 0 <= low < high, not {value!r}")
