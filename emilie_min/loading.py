@@ -26,8 +26,8 @@ def load(
     weights: None = the small model that ships, a .ckpt or .safetensors path, or "random"; config: one of
     `config.BUILT_IN`, a YAML path, or None = told by the file's tensors; device, dtype: None = CUDA in float16 if there
     is one, else CPU in float32; tokenizer: a folder with CLIP's vocab.json and merges.txt; compile: the fast path,
-    the same results to rounding, see `fast`; low_memory: the lean path, slower, see `lean`.
-    Raises CheckpointError, ConfigError.
+    the same results to rounding, see `faster.fast`; low_memory: slower, see `faster.low_memory`.
+    Raises CheckpointError, ConfigError, TokenizerError, and EmilieError for a device or dtype that cannot be used.
     """
     if tokenizer and not all(os.path.isfile(Path(tokenizer) / name) for name in TOKENIZER_FILES):
         raise TokenizerError(f"{printable(tokenizer)} does not hold {' and '.join(TOKENIZER_FILES)}")
