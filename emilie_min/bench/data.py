@@ -215,7 +215,7 @@ def _scene(value: object) -> world.Scene:
         scene = world.Scene.from_dict(value)
         places = [o.place for o in scene.objects]
         right = value.keys() == {"ground", "look", "objects"} and len(set(places)) == len(places)
-        right &= scene.ground in world.GROUNDS and scene.look in world.LOOKS
+        right &= scene.background in world.BACKGROUNDS and scene.style in world.STYLES
         for o in scene.objects:
             right &= o.shape in world.SHAPES and o.colour in world.COLOURS
             right &= all(type(d) is int and abs(d) <= world.JITTER for d in (o.dx, o.dy))

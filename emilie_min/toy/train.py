@@ -159,7 +159,7 @@ def train_vae(args, config) -> None:
         seeds = range(first, first + args.batch)
         scenes = [edit_pair(seed)[2] for seed in seeds]
         x = to_tensor([world.pixels(s) for s in scenes]).to(args.device, memory_format=torch.channels_last)
-        empty = to_tensor([world.ground_pixels(s.ground, s.look) for s in scenes]).to(args.device)
+        empty = to_tensor([world.background_pixels(s.background, s.style) for s in scenes]).to(args.device)
         weight = 1 + 2 * ((x - empty).abs().amax(1, keepdim=True) > 0.06).float()
         with autocast(args):
             mean, logvar = (y.float() for y in vae.moments(x))

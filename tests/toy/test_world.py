@@ -12,15 +12,15 @@ from PIL import Image, ImageFilter
 from emilie_min.config import load_config
 from emilie_min.toy.judge import TOLERANCE, judge, psnr, read
 from emilie_min.toy.world import (
+    BACKGROUNDS,
     CAPTION_VOCABULARY,
     COLOURS,
-    GROUNDS,
     HELD_OUT,
     KINDS,
-    LOOKS,
     PLACES,
     SHAPES,
     SIZE,
+    STYLES,
     VOCABULARY,
     Object,
     Scene,
@@ -41,7 +41,7 @@ def pairs(s):
 
 
 def check(s):
-    assert s.ground in GROUNDS and s.look in LOOKS and 1 <= len(s.objects) <= 4
+    assert s.background in BACKGROUNDS and s.style in STYLES and 1 <= len(s.objects) <= 4
     for part in ("shape", "colour", "place"):
         assert len({getattr(o, part) for o in s.objects}) == len(s.objects)
     assert [o.place for o in s.objects] == [p for p in PLACES if p in {o.place for o in s.objects}]
@@ -49,10 +49,10 @@ def check(s):
 
 
 def varied(n):
-    """Scenes of 1 to 4 objects in every look, with and without held-out pairs."""
+    """Scenes of 1 to 4 objects in every style, with and without held-out pairs."""
     for i in range(n):
         first, steps = chain(i, i % 4, held_out=i % 8 > 3)
-        yield replace(steps[-1][1] if steps else first, look=LOOKS[i % 4])
+        yield replace(steps[-1][1] if steps else first, style=STYLES[i % 4])
 
 
 # ---- world
@@ -79,15 +79,15 @@ def test_same_in_another_process():
 
 
 def test_scenes_and_chains_obey_the_rules():
-    looks = []
+    styles = []
     for seed in range(400):
         first, steps = chain(seed, 5)
-        looks.append(first.look)
+        styles.append(first.style)
         assert first == scene(seed) and len(first.objects) in (2, 3)
         for s in (first, *(after for _, after, _ in steps)):
             check(s)
             assert not set(pairs(s)) & set(HELD_OUT)
-    assert 0.4 < looks.count("day") / len(looks) < 0.6 and set(looks) == set(LOOKS)
+    assert 0.4 < styles.count("day") / len(styles) < 0.6 and set(styles) == set(STYLES)
 
 
 def test_held_out_scenes_hold_a_held_out_pair():
@@ -119,11 +119,11 @@ def test_an_instruction_changes_what_it_says_and_nothing_else(kind):
         check(after)
         old, new = set(before.objects) - set(after.objects), set(after.objects) - set(before.objects)
         if kind in ("background", "style"):
-            part = "ground" if kind == "background" else "look"
+            part = "background" if kind == "background" else "style"
             assert where is None and after == replace(before, **{part: getattr(after, part)}) != before
             assert getattr(after, part) in words
             continue
-        assert (after.ground, after.look) == (before.ground, before.look)
+        assert (after.background, after.style) == (before.background, before.style)
         assert (len(old), len(new)) == {"add": (0, 1), "remove": (1, 0)}.get(kind, (1, 1))
         o, n = next(iter(old), None), next(iter(new), None)
         assert where.mode == "L" and where.tobytes() == mask((o or n).place).tobytes()
@@ -178,7 +178,7 @@ def test_pictures():
 def test_every_true_picture_is_read_exactly():
     for s in varied(200):
         reading = read(render(s))
-        assert reading.scene == s and reading.ground_rms == max(reading.place_rms.values()) == 0
+        assert reading.scene == s and reading.background_rms == max(reading.place_rms.values()) == 0
         verdict = judge(pixels(s), s)
         assert verdict.correct and verdict.why == "" and verdict.edited is verdict.kept is None
 
@@ -227,7 +227,7 @@ def test_an_edit_that_spoils_the_rest_is_edited_but_not_kept():
 
 def test_ghosts_and_half_made_edits_are_wrong():
     for seed in range(25):
-        before = replace(scene(seed), look="day")
+        before = replace(scene(seed), style="day")
         for kind in ("add", "remove", "recolour"):
             _, after, where = instruct(before, seed, kind)
             ghost = (pixels(after).astype(int) + pixels(before)) // 2
@@ -238,10 +238,10 @@ def test_ghosts_and_half_made_edits_are_wrong():
             assert not judge(half, after, before).edited
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_an_object_may_be_off_by_the_tolerance(look):
+@pytest.mark.parametrize("style", STYLES)
+def test_an_object_may_be_off_by_the_tolerance(style):
     o = Object("star", "red", "bottom left", 1, -1)
-    s = Scene("water", look, (o, Object("cross", "pink", "top right")))
+    s = Scene("water", style, (o, Object("cross", "pink", "top right")))
     for off in range(1, 5):
         moved = replace(s, objects=(replace(o, dx=o.dx - off), s.objects[0]))
         assert judge(pixels(moved), s).correct == (off <= TOLERANCE)
@@ -265,7 +265,7 @@ def test_a_caption_names_everything_and_no_more():
     captions = {caption(s): s for s in (step[1] for seed in range(200) for step in chain(seed, 3)[1])}
     for text, s in captions.items():  # two scenes with one caption differ in positions only
         assert all(word in CAPTION_VOCABULARY for word in text.split())
-        assert f"on {s.ground}" in text and len(text.split(" and ")) == max(1, len(s.objects))
+        assert f"on {s.background}" in text and len(text.split(" and ")) == max(1, len(s.objects))
 
 
 def test_both_models_know_the_words_in_one_order():
