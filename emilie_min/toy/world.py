@@ -198,6 +198,20 @@ def scene(seed: int, held_out: bool = False) -> Scene:
     return Scene(background, style, tuple(Object(s, c, p, *j) for s, c, p, j in zip(shapes, colours, places, jitter)))
 
 
+def twins(seed: int, alike: bool = True) -> Scene:
+    """A scene of 2 to 4 objects of which two have one shape: `alike`, one colour too; else colours tell them apart."""
+    rng = random.Random(f"twins {seed}")
+    first = scene(seed)
+    one, *others = rng.sample(first.objects, len(first.objects))
+    kept = [one, *others[: rng.randint(0, len(others))]]
+    colour, taken = one.colour, {o.colour for o in kept}
+    if not alike:
+        colour = rng.choice([c for c in COLOURS if c not in taken and (c, one.shape) not in HELD_OUT])
+    place = rng.choice([p for p in PLACES if p not in {o.place for o in kept}])
+    other = Object(one.shape, colour, place, rng.randint(-JITTER, JITTER), rng.randint(-JITTER, JITTER))
+    return replace(first, objects=(*kept, other))
+
+
 def possible(scene: Scene) -> list[str]:
     """The kinds of instruction that a scene allows."""
     n = len(scene.objects)
@@ -208,7 +222,11 @@ def possible(scene: Scene) -> list[str]:
 def instruct(
     scene: Scene, seed: int | str, kind: str | None = None, held_out: bool = False
 ) -> tuple[str, Scene, Image.Image | None]:
-    """An instruction, the scene that it must lead to, and the mask of its place (None if it is about everything)."""
+    """An instruction, the scene that it must lead to, and the mask of its place (None if it is about everything).
+
+    Where two objects share a shape, what is recoloured, reshaped or removed is one of them: of equal ones only the mask
+    tells which.
+    """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"no kind of instruction {kind!r}: choose from {', '.join(KINDS)}")
     if kind is not None and kind not in possible(scene):
@@ -232,14 +250,19 @@ def instruct(
         objects = (*scene.objects, Object(shape, colour, place))
         return f"add a {colour} {shape} at the {place}", replace(scene, objects=objects), mask(place)
 
+    present = [o.shape for o in scene.objects]
+    objects = [o for o in scene.objects if present.count(o.shape) > 1] or scene.objects
     if kind == "recolour":
-        pairs = [(o, replace(o, colour=c)) for o in scene.objects for c in colours]
+        pairs = [(o, replace(o, colour=c)) for o in objects for c in colours]
     elif kind == "shape":
-        pairs = [(o, replace(o, shape=s)) for o in scene.objects for s in shapes]
+        pairs = [(o, replace(o, shape=s)) for o in objects for s in shapes]
     else:
-        pairs = [(o, None) for o in scene.objects]
+        pairs = [(o, None) for o in objects]
     old, new = rng.choice([p for p in pairs if held_out or not p[1] or (p[1].colour, p[1].shape) not in HELD_OUT])
-    name = rng.choice((f"the {old.shape}", f"the {old.colour} {old.shape}"))
+    names = [f"the {old.shape}", f"the {old.colour} {old.shape}"]
+    if any(o.shape == old.shape and o.colour != old.colour for o in scene.objects):
+        del names[0]
+    name = rng.choice(names)
     objects = tuple(o for o in (new if o is old else o for o in scene.objects) if o)
     if kind == "recolour":
         text = f"make {name} {new.colour}"
