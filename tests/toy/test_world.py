@@ -1,5 +1,7 @@
 """The toy world keeps its own rules, and its judge accepts the right picture and no other."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -33,7 +35,10 @@ from emilie_min.toy.world import (
     possible,
     render,
     scene,
+    twins,
 )
+
+TEXTS = set(instructions())
 
 
 def pairs(s):
@@ -162,6 +167,58 @@ def test_vocabulary_covers_all_instructions():
     assert list(VOCABULARY) == sorted({w for t in texts for w in t.split()}) and len(texts) == len(list(instructions()))
     for seed in range(300):
         assert {text for text, _, _ in chain(seed, 4, held_out=bool(seed % 2))[1]} <= texts
+
+
+def test_nothing_of_the_world_has_changed():
+    """Scenes, instructions and pictures are what weights, the demo and benchmark folders were made of."""
+    told, drawn = hashlib.sha256(), hashlib.sha256()
+    for seed in (*range(-5, 20), *range(10**6, 10**6 + 20), *range(2 * 10**6, 2 * 10**6 + 20)):
+        for held_out in (False, True):
+            first, steps = chain(seed, 6, held_out)
+            told.update(json.dumps([first.to_dict()] + [[text, after.to_dict()] for text, after, _ in steps]).encode())
+            drawn.update(pixels(first))
+            for _, after, where in steps:
+                drawn.update(pixels(after))
+                drawn.update(where.tobytes() if where else b"-")
+                drawn.update(caption(after).encode())
+    assert told.hexdigest() == "9a9851894185ae2df9968aecad6e67cc6a582bd11a7b38286e9e63ef6df59dc1"
+    assert drawn.hexdigest() == "17e0132d09f6b31a526142ce44696b3307c0efcc32bbf6c3069bdb9605a667af"
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_twins(alike):
+    """Two objects of one shape; an instruction is about one of them, and names it as well as words can."""
+    for seed in range(200):
+        before = twins(seed, alike)
+        assert before == twins(seed, alike) and len(before.objects) <= 4
+        assert len({o.place for o in before.objects}) == len(before.objects)
+        assert not set(pairs(before)) & set(HELD_OUT)
+        one, other = (o for o in before.objects if [p.shape for p in before.objects].count(o.shape) == 2)
+        assert (one.colour == other.colour) == alike
+        assert len(set(pairs(before))) == len(before.objects) - alike
+        changed = set()
+        for kind in ("recolour", "shape", "remove"):
+            text, after, where = instruct(before, seed, kind)
+            (gone,) = set(before.objects) - set(after.objects)
+            changed.add(gone)
+            assert gone in (one, other) and where.tobytes() == mask(gone.place).tobytes()
+            assert f"the {gone.colour} {gone.shape}" in text or alike and f"the {gone.shape}" in text
+            assert text in TEXTS
+        if seed < 20:
+            assert read(render(before)).scene == before and judge(pixels(after), after, before).correct
+    sizes = {len(twins(seed, alike).objects) for seed in range(200)}
+    assert sizes == {2, 3, 4}
+
+
+def test_the_judge_tells_one_twin_from_the_other():
+    for seed in range(6):
+        before = twins(seed)
+        for kind in ("recolour", "remove"):
+            text, after, _ = instruct(before, seed, kind)
+            others = (instruct(before, i, kind)[:2] for i in range(99))
+            other = next(a for t, a in others if a != after and t.split()[-1] == text.split()[-1])
+            assert judge(pixels(after), after, before).correct
+            assert not judge(pixels(other), after, before).edited
 
 
 def test_pictures():
