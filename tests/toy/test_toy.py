@@ -75,6 +75,7 @@ def test_evaluation_writes_its_figures(editor, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
     assert set(figures["edits"]["by kind"]) <= set(world.KINDS)
     assert figures["twins"].keys() == {"scenes", "anchor", "eq8", "guidance", "no mask"}
+    assert figures["twins"]["eq8"] == 0
     idle = figures["nothing"]
     assert all(len(idle[way][what]) == 2 for way in list(idle)[1:] for what in ("dB", "right"))
     assert idle["latent iteration"]["dB"] != idle["image iteration"]["dB"]  # not one way under two names

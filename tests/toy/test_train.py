@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -121,6 +122,31 @@ def test_asked_for_nothing_the_target_is_the_source(null_target, tmp_path, monke
     assert same.equal(no_text & ~no_image if null_target == "source" else torch.zeros_like(same))
 
 
+def test_the_loss_is_of_the_noise_in_the_target():
+    cumprod = torch.linspace(0.999, 0.001, 1000)
+    z_img, target = torch.randn(64, 4, 2, 2), torch.randn(64, 4, 2, 2)
+
+    def knows(x, t, told):
+        a = cumprod[t][:, None, None, None]
+        assert x[:, 4:].equal(z_img) and told.equal(z_img)
+        return (x[:, :4] - a.sqrt() * target) / (1 - a).sqrt()
+
+    idle = torch.autocast("cpu", enabled=False)
+    loss = partial(train.denoising, z_img=z_img, target=target, tokens=z_img, cumprod=cumprod, autocast=idle)
+    assert loss({"unet": knows, "text": lambda x: x}) < 1e-6
+    assert 2 < loss({"unet": lambda x, t, told: 0 * x[:, :4], "text": lambda x: x}) < train.BOUND
+
+
+@torch.no_grad()
+def test_a_fresh_unet_predicts_nothing():
+    unet = emilie.load("random", "toy", device="cpu").unet
+    x, context = torch.randn(1, 8, 16, 16), torch.randn(1, 77, 96)
+    assert unet(x, torch.ones(1), context).abs().max() > 0
+    train.zero_last_layers(unet)
+    assert unet(x, torch.ones(1), context).abs().max() == 0
+    assert not any(block.out_layers[3].weight.any() for block in unet.modules() if hasattr(block, "out_layers"))
+
+
 def test_the_buffer_forgets_the_oldest():
     buffer = train.Buffer(4)
     for i in range(3):
@@ -185,14 +211,17 @@ def test_killed_and_resumed_from_nothing(tmp_path, monkeypatch, capsys):
     while not state.exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    said, _ = process.communicate(timeout=60)  # at its end no worker holds the pipe any more
+    assert said.startswith("vae:")
     before = torch.load(state, weights_only=True)
-    assert process.stdout.read().startswith("vae:")  # ends: no worker holds the pipe
     minutes = (before["seconds"] + 1) / 60 / 0.75
     run(monkeypatch, *options, "--minutes", minutes)
     assert f"going on from step {before['step']}" in capsys.readouterr().out
-    assert torch.load(state, weights_only=True)["step"] > before["step"] > 0
+    after = torch.load(state, weights_only=True)
+    assert after["step"] > before["step"] > 0
     editor = emilie.load(out, device="cpu")
+    for name, weight in editor.unet.state_dict().items():
+        assert weight.equal(after["average"][f"module.unet.{name}"].half().float())
     for network in (editor.unet, editor.vae, editor.text):
         assert all(p.isfinite().all() for p in network.parameters())
     editor.open(world.render(world.scene(0))).edit("make it night", steps=1)
@@ -204,6 +233,8 @@ def test_the_sister_begins_from_an_editing_model(tmp_path, monkeypatch, capsys):
     run(monkeypatch, tmp_path / "t2i.safetensors", "--config", "toy-t2i", "--weights", WEIGHTS, *few)
     sister, first = emilie.load(tmp_path / "t2i.safetensors", device="cpu"), emilie.load(WEIGHTS, device="cpu")
     assert sister.model.startswith("toy-t2i/")
+    mine, whole = (editor.unet.input_blocks[0][0].weight for editor in (sister, first))
+    assert torch.allclose(mine, whole[:, :4], atol=1e-3)
     own, shared = sister.vae.state_dict(), first.vae.state_dict()
     assert all(torch.equal(own[key], shared[key]) for key in shared)
     with pytest.raises(SystemExit):
