@@ -179,8 +179,9 @@ def _scene(value: object) -> world.Scene:
     """A scene of the small world from its dictionary."""
     try:
         scene = world.Scene.from_dict(value)
-        right = value.keys() == {"ground", "look", "objects"} and scene.ground in world.GROUNDS
-        right &= scene.look in world.LOOKS and len({o.place for o in scene.objects}) == len(scene.objects)
+        places = [o.place for o in scene.objects]
+        right = value.keys() == {"ground", "look", "objects"} and len(set(places)) == len(places)
+        right &= scene.background in world.BACKGROUNDS and scene.style in world.STYLES
         for o in scene.objects:
             right &= o.shape in world.SHAPES and o.colour in world.COLOURS
             right &= all(type(d) is int and abs(d) <= world.JITTER for d in (o.dx, o.dy))

@@ -140,7 +140,7 @@ def _skimage():
 def _facts(scene: world.Scene) -> set[tuple]:
     at = {o.place: (o.shape, o.colour) for o in scene.objects}
     things = {(place, *fact) for place in world.PLACES for fact in enumerate(at.get(place, (None, None)))}
-    return things | {("ground", scene.ground), ("look", scene.look)}
+    return things | {("background", scene.background), ("style", scene.style)}
 
 
 def _shown(image: Picture, truth: world.Scene) -> set[tuple]:
@@ -165,7 +165,7 @@ def world_verdict(image: Picture | None, truths: Sequence[world.Scene], before: 
     correct, edited, kept: by `toy.judge.judge`, of the last truth given the one before it. The truth is what the
     instructions lead to, whatever the picture before was, so an earlier turn's fault is not "kept".
 
-    A scene's facts are its ground, its look, and of each place the shape and the colour, both None where it is empty. A
+    A scene's facts are its background, its style, and each place's shape and colour, both None where it is empty. A
     turn's change is the facts that are new in its truth; of these stand those that no later turn changed, were it back
     again. A change shows if all of it that stands is what `toy.judge.read` sees, clean or not, within its TOLERANCE.
     retained: of the turns so far, this one included, of whose change something stands, the share whose change shows.

@@ -236,7 +236,7 @@ def example(tmp_path):
     return [
         Item("in-memory_1.0", picture(), turns, "a red thing", meta={"from": ["me", 1]}),
         Item("file", photo, (Turn("make it blue", tmp_path / "mask.png"),)),
-        Item("toy", world.render(SCENE), (Turn("make it night", truth=replace(SCENE, look="night")),), truth=SCENE),
+        Item("toy", world.render(SCENE), (Turn("make it night", truth=replace(SCENE, style="night")),), truth=SCENE),
     ]
 
 
@@ -253,7 +253,7 @@ def test_what_was_written_is_read_back(tmp_path):
     assert Image.open(edit.target).getpixel((0, 0)) == (0, 0, 255)
     assert first.turns[1] == Turn("make it red again")
     assert second.image.name == "file.jpg" and second.image.read_bytes() == (tmp_path / "photo.JPG").read_bytes()
-    assert (third.truth, third.turns[0].truth) == (SCENE, replace(SCENE, look="night"))
+    assert (third.truth, third.turns[0].truth) == (SCENE, replace(SCENE, style="night"))
     data.write(tmp_path / "again", data.read(tmp_path / "out"))
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
     assert "straßenweit" in (tmp_path / "out/bench.jsonl").read_text(encoding="utf-8")

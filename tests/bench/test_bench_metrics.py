@@ -237,7 +237,7 @@ def test_a_right_chain_is_right_at_every_turn():
 
 
 def test_a_lost_earlier_edit_is_counted():
-    truths = chain(GREEN, CROSS, (None, {"ground": "grass"}))
+    truths = chain(GREEN, CROSS, (None, {"background": "grass"}))
     before = world.pixels(truths[2])
     forgot = world.pixels(edited(truths[3], "top left", colour="red"))  # the first edit is undone
     verdict = world_verdict(forgot, truths, before)
@@ -275,11 +275,11 @@ def test_what_a_later_edit_of_the_same_thing_leaves_standing_still_counts():
 
 
 def test_a_change_that_is_taken_back_belongs_to_the_turn_that_took_it_back():
-    truths = chain((None, {"look": "night"}), CROSS, (None, {"look": "day"}))
+    truths = chain((None, {"style": "night"}), CROSS, (None, {"style": "day"}))
     assert world_verdict(world.pixels(truths[3]), truths, world.pixels(truths[2]))["lost"] == 0
     night = world_verdict(world.pixels(truths[2]), truths, world.pixels(truths[2]))
     assert (night["retained"], night["lost"]) == (0.5, 0)
-    again = chain((None, {"look": "night"}), CROSS, (None, {"look": "day"}), (None, {"look": "night"}))
+    again = chain((None, {"style": "night"}), CROSS, (None, {"style": "day"}), (None, {"style": "night"}))
     assert world_verdict(world.pixels(again[3]), again)["retained"] == 0.5  # the first night is not asked for twice
     idle = chain((None, {}), (None, {}))  # drift: nothing is ever asked for
     assert world_verdict(world.pixels(START), idle, world.pixels(START)) == {
