@@ -12,6 +12,8 @@ from importlib import import_module
 
 from .errors import EmilieError
 
+__version__ = "0.1.0"
+
 _HOME = {
     "load": "loading",
     "open": "canvas.canvas",

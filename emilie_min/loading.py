@@ -56,8 +56,9 @@ def load(
             raise CheckpointError(f"{weights} is {reading.explain_unknown(entries)}")
     config = load_config(config)
     tokenizers = ([Path(tokenizer)] if tokenizer else []) + [f / sub for f in folders for sub in ("tokenizer", ".")]
+    drawn_on = device if weights == "random" else torch.device("meta")
     with explain_oom("while the weights were loaded"):
-        with torch.device("cpu" if weights == "random" else "meta"), torch.random.fork_rng(devices=[]):
+        with drawn_on, torch.random.fork_rng(devices=[drawn_on] if drawn_on.type == "cuda" else []):
             torch.manual_seed(0)  # for "random"; nothing is drawn on the meta device
             networks = build(config, tuple(tokenizers))
             if dtype != torch.float32:

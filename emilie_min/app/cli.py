@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ..bench.cli import add_commands, whole
 from ..errors import EmilieError
-from ..speed.report import add_options
-from ..speed.report import run as run_speed
+from ..speed.cli import add_options, run_speed
 from . import demo, edit
 from .options import add_model_options, add_path_options, load_editor, writable
 

@@ -87,13 +87,23 @@ def _index(path: Path) -> dict[str, Entry]:
         raise CheckpointError(f"no weights at {path}: `emilie download` fetches the released ones")
     with open(path, "rb") as f:
         head, size = f.read(9), os.fstat(f.fileno()).st_size
-    if head[8:9] == b"{":
+    if _is_safetensors(path):
         return _index_safetensors(path)
-    if head[:2] in (b"PK", b"\x80\x02"):
-        return _index_pickle(path)
-    hint = ": a Git LFS pointer, so run `git lfs pull`" if head.startswith(b"version ") else ""
-    hint = ": a web page, so the download went wrong" if head.lower().startswith((b"<!doc", b"<html")) else hint
-    raise CheckpointError(f"{path} ({size} bytes) is neither a .safetensors file nor a .ckpt of PyTorch's{hint}")
+    if head.startswith(b"PK"):
+        return _index_ckpt(path)
+    wrong = f"{path} ({size} bytes) is neither a .safetensors file nor a .ckpt of PyTorch's"
+    if head.startswith(b"\x80\x02"):
+        wrong = f"{path} is a bare pickle, as PyTorch wrote them before 1.6: load it with PyTorch and save it anew"
+    elif head.startswith(b"version "):
+        wrong += ": a Git LFS pointer, so run `git lfs pull`"
+    elif head.lower().startswith((b"<!doc", b"<html")):
+        wrong += ": a web page, so the download went wrong"
+    raise CheckpointError(wrong)
+
+
+def _is_safetensors(path: str | Path) -> bool:
+    with open(path, "rb") as f:
+        return f.read(9)[8:] == b"{"  # behind its length in 8 bytes, a header in JSON
 
 
 def _index_safetensors(path: Path) -> dict[str, Entry]:
@@ -114,26 +124,21 @@ def _index_safetensors(path: Path) -> dict[str, Entry]:
 
 def metadata(path: str | Path) -> dict[str, str] | None:
     """What the writer of a .safetensors file noted in it, once `index` has read it; None for another format."""
-    with open(path, "rb") as f:
-        if f.read(9)[8:] != b"{":
-            return None
+    if not _is_safetensors(path):
+        return None
     with safe_open(path, "pt") as f:
         return f.metadata() or {}
 
 
-def _index_pickle(path: Path) -> dict[str, Entry]:
+def _index_ckpt(path: Path) -> dict[str, Entry]:
     """Tensors of a file that `torch.save` wrote: unpickled with weights_only under FakeTensorMode, which reads no data.
 
     Lightning also pickles its callbacks' classes. Each name that PyTorch does not know stands for an inert
     placeholder while the file is read, so nothing is imported; a file that wants one called is refused.
     """
     if not zipfile.is_zipfile(path):
-        with open(path, "rb") as f:
-            if f.read(2) == b"PK":
-                wrong = "is cut short: its table of contents, which stands at the end, is missing. Fetch it again"
-            else:
-                wrong = "is a bare pickle, as PyTorch wrote them before 1.6: load it with PyTorch and save it anew"
-        raise CheckpointError(f"{path} {wrong}")
+        wrong = "its table of contents, which stands at the end, is missing. Fetch it again"
+        raise CheckpointError(f"{path} is cut short: {wrong}")
     try:
         records = _records(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -205,9 +210,11 @@ class Reader:
         self.open()
 
     def open(self) -> None:
-        with open(self.path, "rb") as f:
-            zipped = f.read(9)[8:] != b"{"
-            self.file = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY) if zipped else safe_open(self.path, "pt")
+        if _is_safetensors(self.path):
+            self.file = safe_open(self.path, "pt")
+        else:
+            with open(self.path, "rb") as f:
+                self.file = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def get(self, key: str, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:
         """The tensor, contiguous, in memory of its own; dtype: None = the file's."""
@@ -232,7 +239,6 @@ class LoadReport:
     """What a load took and what it left: `family` is "EMA" or "raw", `dropped` counts keys by rule."""
 
     family: str
-    nbytes: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
 
 
@@ -312,7 +318,6 @@ def load(
     reader = Reader(path, entries)
     for part, names in wanted.items():
         state = {name: reader.get(key, device, dtype) for name, key in names.items()}
-        report.nbytes += sum(t.nbytes for t in state.values())
         networks[part].load_state_dict(state, strict=True, assign=True)
         for name, buffer in networks[part].named_buffers():
             if buffer.is_meta:  # not in any file: transformers' position numbers

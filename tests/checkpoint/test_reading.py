@@ -185,7 +185,7 @@ def test_a_trainers_file(tmp_path, monkeypatch):
 
 def test_the_average_is_loaded_and_nothing_stays_on_meta(networks, small_state, small_config, small_ckpt):
     fresh, report = load(small_config, small_ckpt)
-    assert report.family == "EMA" and report.nbytes == sum(p.nbytes for p in parameters(fresh).values())
+    assert report.family == "EMA"
     name = "input_blocks.1.0.in_layers.2.weight"
     ours = fresh["unet"].state_dict()[name]
     assert torch.equal(ours, small_state[(EMA + "diffusion_model." + name).replace(".", "").replace("ema", "ema.", 1)])
@@ -201,9 +201,8 @@ def test_the_average_is_loaded_and_nothing_stays_on_meta(networks, small_state, 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_cast_load_is_the_cast_of_a_plain_one(networks, small_config, small_ckpt, dtype):
-    cast, report = load(small_config, small_ckpt, dtype)
+    cast, _ = load(small_config, small_ckpt, dtype)
     assert same(parameters(cast), {name: p.to(dtype) for name, p in parameters(networks).items()})
-    assert report.nbytes == sum(p.nbytes for p in parameters(cast).values())
 
 
 def no_buffers(state):

@@ -8,6 +8,7 @@ from emilie_min.checkpoint import reading
 from emilie_min.checkpoint.networks import meta_networks
 from emilie_min.config import load_config
 from emilie_min.errors import CheckpointError, ImageError
+from emilie_min.unet import SpatialTransformer, timestep_embedding
 
 SINGLE = 1e-5  # relative error of one network's pass, float32
 
@@ -48,6 +49,39 @@ def test_unet_block_by_block(networks, goldens):
         hook.remove()
     errors = {name: error(seen[name], goldens[prefix + name]) for name in names}
     assert max(errors.values()) <= SINGLE, errors
+
+
+def test_group_norms_have_two_epsilons(networks):
+    """1e-6 in the transformers and the whole autoencoder, 1e-5 elsewhere: at usual inputs the goldens hardly differ."""
+    transformers = {f"{n}.norm" for n, m in networks["unet"].named_modules() if isinstance(m, SpatialTransformer)}
+    seen = {"unet": [], "vae": []}
+    for part in seen:
+        for name, layer in networks[part].named_modules():
+            if isinstance(layer, torch.nn.GroupNorm):
+                seen[part].append(layer.eps)
+                assert layer.eps == (1e-6 if part == "vae" or name in transformers else 1e-5), name
+            if isinstance(layer, torch.nn.LayerNorm):
+                assert layer.eps == 1e-5, name
+    assert seen["unet"].count(1e-5) == 45 and seen["unet"].count(1e-6) == 16 and len(seen["vae"]) > 40
+
+
+@torch.no_grad()
+def test_downsampling_pads_on_all_sides_in_the_unet_and_right_and_below_in_the_autoencoder(networks):
+    x = torch.zeros(1, 128, 8, 8)
+    x[..., 0, :] = x[..., :, 0] = 1  # what a kernel sees of it depends on where the padding is
+    for part, layer, pad in (
+        ("unet", networks["unet"].input_blocks[9][0], (1, 1, 1, 1)),
+        ("vae", networks["vae"].encoder.down[2].downsample, (0, 1, 0, 1)),
+    ):
+        (conv,) = layer.children()
+        expected = torch.nn.functional.conv2d(torch.nn.functional.pad(x, pad), conv.weight, conv.bias, stride=2)
+        assert error(layer(x), expected) <= SINGLE, part
+
+
+def test_fractional_timesteps_are_embedded_as_they_are():
+    whole, between = timestep_embedding(torch.tensor([3.0, 3.5]), 64)
+    assert not torch.equal(whole, between)
+    assert between[0] == torch.tensor(3.5).cos() and between[32] == torch.tensor(3.5).sin()  # cosines first
 
 
 @torch.no_grad()
