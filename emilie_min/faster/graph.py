@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from .. import unet as layers
 from ..emilie import Editor
 from ..errors import printable
 from ..sampling import Denoise, Noise, Scale, Step
+from ..vae import AutoencoderKL
 from .deepcache import DeepCache
+from .tries import pad_heads, tried
 
 KEEP = 8  # graphs of an editor: one edit may need four, with and without guidance, with deep layers and without
 WARM_UP = 3  # calls before the recording, in which cuDNN and cuBLAS choose their algorithms
@@ -36,8 +39,12 @@ class GraphEditor(Editor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.unet.to(memory_format=torch.channels_last)
-        self.graphs = Graphs(self.device)
+        self.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+        self.graphs, self.vae_too = Graphs(self.device), "vae" in tried()
+        if "pad_heads" in tried():
+            pad_heads(self.unet)
+        if "cudnn_benchmark" in tried():
+            torch.backends.cudnn.benchmark = True
 
     def branches(
         self, x: Sequence[Tensor], sigma: Scale, seen: Sequence[Tensor], told: Sequence[Tensor]
@@ -63,10 +70,23 @@ class GraphEditor(Editor):
         return super().steps(denoise, sigmas, noise_init, sent, *args, **kwargs)
 
     def encode(self, image: Tensor) -> Tensor:
-        return self.graphs.with_room(super().encode, image)
+        return self.graphs.with_room(Editor.encode, self.with_graphed_vae(), image)
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.graphs.with_room(super().decode, z)
+        """As `Editor.decode`; the autoencoder's second try in float32 is never in a graph."""
+        image = self.graphs.with_room(Editor.decode, self.with_graphed_vae(), z)
+        return image if not self.vae_too or image.isfinite().all() else super().decode(z)
+
+    def with_graphed_vae(self) -> Any:
+        """This editor, or if that is tried one whose autoencoder is replayed from graphs."""
+        if not self.vae_too:
+            return self
+        replayed: Any = copy.copy(self)
+        replayed.vae = SimpleNamespace(
+            encode=partial(self.graphs, AutoencoderKL.encode, self.vae),
+            decode=partial(self.graphs, AutoencoderKL.decode, self.vae),
+        )
+        return replayed
 
 
 @dataclass
@@ -144,14 +164,13 @@ class Graphs:
             found += (type(module).forward, module.__dict__.get("forward"), module._compiled_call_impl)
             found += [p.data_ptr() for p in module._parameters.values() if p is not None]
             waiting += [child for child in module._modules.values() if child is not None]
-        return tuple(found), tuple((y.shape, y.stride(), y.dtype, y.device) for y in inputs)
+        return tuple(found), tuple((y.shape, y.dtype, y.device) for y in inputs)
 
     def record(self, run: Callable, network: nn.Module, inputs: Sequence[Tensor]) -> Recording | None:
         """A call as a graph, or None where that cannot be had. What the network itself raises is raised."""
-        stream, reason = cuda.current_stream(self.device), "memory is short"
+        stream, warm, short, reason = cuda.current_stream(self.device), False, True, "memory is short"
         self.stream = cuda.Stream(self.device) if self.stream is None else self.stream
         self.pool = cuda.graph_pool_handle() if self.pool is None else self.pool
-        warm = False
         try:
             fixed = [y.clone() for y in inputs]
             self.stream.wait_stream(stream)
@@ -167,9 +186,11 @@ class Graphs:
             if not isinstance(error, cuda.OutOfMemoryError):
                 if not warm:
                     raise
-                reason = printable(str(error).strip().partition("\n")[0] or type(error).__name__)
-        self.clear()
-        self.stream = None  # after a failure it is not to be trusted
+                short, reason = False, printable(str(error).strip().partition("\n")[0] or type(error).__name__)
+            self.pool = None  # after a failure they are not to be trusted
+        self.stream = None
+        if short:
+            self.drop()
         if not self.warned:
             warnings.warn(f"no CUDA graph, so slower steps and the same result: {reason}", stacklevel=2)
         self.warned = True
@@ -182,13 +203,18 @@ class Graphs:
         except cuda.OutOfMemoryError:
             if not any(self.kept.values()):
                 raise
-        self.clear()
+        self.drop()
         return run(*args)
 
-    def clear(self) -> None:
-        """Forget every recording and give its memory back."""
+    def drop(self) -> None:
+        """Give the recordings' memory back; what could not be recorded still runs eagerly."""
         with self.lock, cuda.device(self.device):
             cuda.synchronize(self.device)
-            self.kept.clear()
+            self.kept = OrderedDict((key, None) for key, recording in self.kept.items() if recording is None)
             self.pool = None  # a handle is good for as long as a graph holds it
             cuda.empty_cache()
+
+    def clear(self) -> None:
+        """Forget everything: the next call of each shape is recorded anew."""
+        self.drop()
+        self.kept.clear()
