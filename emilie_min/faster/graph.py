@@ -3,7 +3,7 @@
 Half of an eager step goes by with launching kernels one by one. A graph is the recording of one call's kernels, which
 are launched together: at the first call of a new shape the network runs and is recorded, from then on it is replayed.
 There is no second implementation: what is recorded is what `unet.py` does. A layer that is changed, swapped, hooked or
-moved afterwards is seen too (see `Graphs.key`). The weights lie channels last, as CUDA's convolutions want them.
+moved afterwards is seen too (see `network_state`). The weights lie channels last, as CUDA's convolutions want them.
 """
 
 import copy
@@ -148,23 +148,10 @@ class Graphs:
         return self.kept[key]
 
     def key(self, run: Callable, network: nn.Module, inputs: Sequence[Tensor]) -> Hashable | None:
-        """What a recording holds for: the inputs' shapes, the code of every layer, and where its weights lie.
-
-        None where there are hooks, which a replay would pass over. Numbers that a layer keeps as plain attributes are
-        not looked at: whoever changes one calls `clear`.
-        """
-        if nn.modules.module._has_any_global_hook():
-            return None
-        found: list[Hashable] = [run, layers.attention, torch.is_inference_mode_enabled()]
-        waiting: list[nn.Module] = [network]
-        while waiting:
-            module = waiting.pop()
-            if module._forward_hooks or module._forward_pre_hooks:
-                return None
-            found += (type(module).forward, module.__dict__.get("forward"), module._compiled_call_impl)
-            found += [p.data_ptr() for p in module._parameters.values() if p is not None]
-            waiting += [child for child in module._modules.values() if child is not None]
-        return tuple(found), tuple((y.shape, y.dtype, y.device) for y in inputs)
+        """What a recording holds for: the inputs' shapes and the network as it is. None: it cannot be recorded."""
+        state = network_state(network)
+        mode = torch.is_inference_mode_enabled()
+        return None if state is None else (run, state, mode, *((y.shape, y.dtype, y.device) for y in inputs))
 
     def record(self, run: Callable, network: nn.Module, inputs: Sequence[Tensor]) -> Recording | None:
         """A call as a graph, or None where that cannot be had. What the network itself raises is raised."""
@@ -218,3 +205,23 @@ class Graphs:
         """Forget everything: the next call of each shape is recorded anew."""
         self.drop()
         self.kept.clear()
+
+
+def network_state(network: nn.Module) -> Hashable | None:
+    """What must be as it was for a recording, or a rewriting, of a network to stand for it: the code of every layer and
+    where its weights lie. None where there are hooks, which those would pass over.
+
+    Numbers that a layer keeps as plain attributes, and what weights hold, are not looked at.
+    """
+    if nn.modules.module._has_any_global_hook():
+        return None
+    found: list[Hashable] = [layers.attention]
+    waiting: list[nn.Module] = [network]
+    while waiting:
+        module = waiting.pop()
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
+        found += (type(module).forward, module.__dict__.get("forward"), module._compiled_call_impl)
+        found += [p.data_ptr() for p in module._parameters.values() if p is not None]
+        waiting += [child for child in module._modules.values() if child is not None]
+    return tuple(found)
