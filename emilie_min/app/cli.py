@@ -148,8 +148,9 @@ def add_model_options(sub: Parser) -> None:
 
 
 def add_path_options(sub: Parser) -> None:
-    sub.add_argument("--compile", action="store_true", help="faster, the same result; a GPU compiles minutes, once")
+    sub.add_argument("--compile", action="store_true", help="on a GPU: faster still, compiles for about a minute, once")
     sub.add_argument("--low-memory", action="store_true", help="slower, the same result; for a GPU of 4 GB, or without")
+    sub.add_argument("--plain", action="store_true", help="the network as it reads: no CUDA graphs, no faster CPU path")
 
 
 def resolution(text: str) -> int | str:
@@ -181,7 +182,16 @@ def scale(text: str) -> float:
 def load_editor(args: argparse.Namespace):
     from ..loading import load
 
-    editor = load(args.weights, args.config, args.device, args.dtype, args.tokenizer, args.compile, args.low_memory)
+    editor = load(
+        args.weights,
+        args.config,
+        args.device,
+        args.dtype,
+        args.tokenizer,
+        args.compile or None,
+        args.low_memory,
+        args.plain,
+    )
     print(f"{editor.model}: {editor.family} weights, {editor.dtype}, {editor.device}".replace("torch.", ""))
     return editor
 
