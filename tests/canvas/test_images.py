@@ -47,31 +47,6 @@ def test_truncation_is_half_a_level_darker():
     assert (rounded - truncated).mean() == pytest.approx(0.5, abs=0.02)
 
 
-def test_exif_orientation(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    gradient(64, 48).save(tmp_path / "turned.jpg", exif=exif)
-    assert images.read_image(tmp_path / "turned.jpg").size == (48, 64)
-
-
-def test_alpha_is_flattened_on_white():
-    picture = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
-    assert images.read_image(picture).getpixel((3, 3)) == (255, 255, 255)
-    palette = Image.new("P", (32, 32), 0)
-    palette.putpalette([10, 20, 30] * 256)
-    palette.info["transparency"] = 0
-    assert images.read_image(palette).getpixel((3, 3)) == (255, 255, 255)
-
-
-def test_sixteen_bits_and_cmyk(tmp_path):
-    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
-    Image.fromarray(ramp).save(tmp_path / "deep.png")
-    deep = np.asarray(images.read_image(tmp_path / "deep.png"))[..., 0]
-    assert abs(deep.astype(float) - ramp / 257).max() <= 1
-    Image.new("CMYK", (32, 32), (255, 0, 0, 0)).save(tmp_path / "cyan.jpg")
-    assert images.read_image(tmp_path / "cyan.jpg").mode == "RGB"
-
-
 def test_arrays():
     picture = gradient()
     array = np.asarray(picture)
@@ -108,10 +83,10 @@ def test_unreadable_pictures(tmp_path, monkeypatch):
         images.fit_size((9000, 9000), "native", 64)
 
 
-def test_unfit_keeps_the_edges():
+def test_restoring_the_size_keeps_the_edges():
     original = gradient(1000, 333)
     size = images.fit_size(original.size, 512, 64)
-    back = images.unfit(Image.new("RGB", size, "red"), original)
+    back = images.restore_size(Image.new("RGB", size, "red"), original)
     assert back.size == original.size
     assert back.getpixel((500, 166)) == (255, 0, 0)
     corner = (original.width - round(size[0] * original.height / size[1])) // 2
@@ -164,7 +139,7 @@ def test_bad_masks(tmp_path):
 def test_paste_never_touches_the_outside():
     new, old = Image.new("RGB", (64, 64), "white"), gradient(64, 64)
     mask = images.read_mask((10, 10, 40, 40), (64, 64), (64, 64))
-    out = np.asarray(images.paste(new, old, mask, feather=4))
+    out = np.asarray(images.paste_back(new, old, mask, feather=4))
     inside = np.asarray(mask) > 0
     assert (out[~inside] == np.asarray(old)[~inside]).all()
     assert (out[20:30, 20:30] == 255).all()
