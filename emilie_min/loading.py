@@ -1,18 +1,16 @@
 """From a weight file to an `Editor`: which config, which device, and networks built without initialising them."""
 
+import os
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from .checkpoint import reading
-from .config import BUILT_IN, Config, load_config
+from .checkpoint.networks import build
+from .config import BUILT_IN, TOKENIZER_FILES, load_config
 from .emilie import Editor
-from .errors import CheckpointError, ConfigError, EmilieError, TokenizerError, explain_oom, printable
+from .errors import CheckpointError, EmilieError, TokenizerError, explain_oom, first_line, printable
 from .faster.half import HalfAutoencoderKL
-from .text import TOKENIZER_FILES, TextEncoder
-from .unet import UNetModel
-from .vae import AutoencoderKL
 
 
 def load(
@@ -23,7 +21,7 @@ def load(
     tokenizer: str | Path | None = None,
     compile: bool = False,
     low_memory: bool = False,
-) -> "Editor":
+) -> Editor:
     """Networks from a file, ready to edit.
 
     weights: None = the small model that ships, a .ckpt or .safetensors path, or "random"; config: one of
@@ -32,9 +30,9 @@ def load(
     the same results to rounding, see `faster.fast`; low_memory: slower, see `faster.low_memory`.
     Raises CheckpointError, ConfigError.
     """
-    if tokenizer and not all((Path(tokenizer) / name).is_file() for name in TOKENIZER_FILES):
-        raise TokenizerError(f"{tokenizer} does not hold {' and '.join(TOKENIZER_FILES)}")
-    device = _device(device)
+    if tokenizer and not all(os.path.isfile(Path(tokenizer) / name) for name in TOKENIZER_FILES):
+        raise TokenizerError(f"{printable(tokenizer)} does not hold {' and '.join(TOKENIZER_FILES)}")
+    device = pick_device(device)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     elif isinstance(dtype, str):
@@ -49,56 +47,35 @@ def load(
     folders = weights_folders()
     weights = shipped("toy.safetensors") if weights is None else weights
 
-    entries = None
     if weights == "random":
         config = config or "toy"
     else:
         entries = reading.index(weights)
+        config = config or reading.detect_config(entries)
         if config is None:
-            config = reading.fits(entries)
-            if config is None:
-                raise CheckpointError(f"{weights} is {reading.describe(entries)}")
-    name, config = str(config), load_config(config)
+            raise CheckpointError(f"{weights} is {reading.explain_unknown(entries)}")
+    config = load_config(config)
     tokenizers = ([Path(tokenizer)] if tokenizer else []) + [f / sub for f in folders for sub in ("tokenizer", ".")]
+    drawn_on = device if weights == "random" else torch.device("meta")
     with explain_oom("while the weights were loaded"):
-        with torch.device("cpu" if weights == "random" else "meta"), torch.random.fork_rng(devices=[]):
+        with drawn_on, torch.random.fork_rng(devices=[drawn_on] if drawn_on.type == "cuda" else []):
             torch.manual_seed(0)  # for "random"; nothing is drawn on the meta device
             networks = build(config, tuple(tokenizers))
             if dtype != torch.float32:
                 networks["vae"] = HalfAutoencoderKL(config.vae)
         if weights == "random":
-            report = reading.Report("random")
+            family = "random"
             for network in networks.values():
                 network.to(*held).requires_grad_(False).eval()
         else:
-            report = reading.load(networks, weights, *held, entries)
-    model = f"{name if name in BUILT_IN else Path(name).stem}/{Path(weights).name}"
+            family = reading.load(networks, weights, *held, entries).family
+    model = f"{config.name if config.name in BUILT_IN else Path(config.name).stem}/{Path(weights).name}"
     kind = Editor
     if compile:
         from .faster.fast import FastEditor as kind
     elif low_memory:
         from .faster.low_memory import LowMemoryEditor as kind
-    return kind(config, **networks, device=device, dtype=dtype, model=model, family=report.family)
-
-
-def build(config: Config, tokenizer_folders: tuple[str | Path, ...] = ()) -> dict[str, nn.Module]:
-    """The three networks of a config: "unet", "vae", "text". Under `torch.device("meta")` they take no memory.
-
-    Raises ConfigError, with PyTorch's reason, for sizes of which no network can be built.
-    """
-    try:
-        part = "unet"
-        unet = UNetModel(config.unet)
-        part = "vae"
-        vae = AutoencoderKL(config.vae)
-        part = "text"
-        text = TextEncoder(config.text, tokenizer_folders)
-    except Exception as error:  # of whatever layer it is
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-        raise ConfigError(printable(f"config {config.name}: {part}: no network has these sizes: {reason}")) from error
-    return {"unet": unet, "vae": vae, "text": text}
+    return kind(config, **networks, device=device, dtype=dtype, model=model, family=family)
 
 
 def weights_folders() -> list[Path]:
@@ -113,13 +90,14 @@ def shipped(name: str) -> Path:
     return next((path for path in paths if path.is_file()), paths[0])
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """A device by name, None: CUDA if there is one, else the CPU. Raises EmilieError for one that is not here."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0][:120]
-        raise EmilieError(f"device {device} cannot be used here: {reason}") from error
-    return device
+        picked = torch.device(device)
+        torch.zeros(1, device=picked).item()
+    except Exception as error:  # each kind of device has its own way to be absent
+        reason = printable(first_line(error).partition(". ")[0], 120)
+        raise EmilieError(f"device {printable(device, 80)} cannot be used here: {reason}") from error
+    return picked

@@ -7,8 +7,11 @@ import torch
 from pseudo import DATA, manifest, state_dict, write_ckpt
 from safetensors.torch import load_file
 
-from emilie_min.checkpoint import files, reading
+import emilie_min as emilie
+from emilie_min.checkpoint import reading
+from emilie_min.checkpoint.networks import meta_networks
 from emilie_min.config import load_config
+from emilie_min.emilie import Editor
 from emilie_min.toy import world
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
@@ -53,9 +56,21 @@ def small_ckpt(small_state, tmp_path_factory):
 @pytest.fixture(scope="session")
 def networks(small_config, small_ckpt):
     """The small model's networks, EMA weights, float32; shared by all tests, so not to be changed."""
-    networks = files.meta_networks(small_config)
+    networks = meta_networks(small_config)
     reading.load(networks, small_ckpt, "cpu", torch.float32)
     return networks
+
+
+@pytest.fixture(scope="session")
+def small(small_config, networks):
+    """An `Editor` on the goldens' model."""
+    return Editor(small_config, **networks)
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """The small model that ships, as it loads on a CPU; shared, so not to be changed."""
+    return emilie.load(device="cpu")
 
 
 @pytest.fixture

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from ..bench.cli import add_commands
 from ..canvas.settings import GATES, ITERATES, RESCALES, SAMPLERS
-from ..checkpoint.writing import replacing
+from ..checkpoint.writing import atomic_write
 from ..errors import CanvasError, EmilieError, InstructionError, MaskError
-from ..speed.report import add_options
-from ..speed.report import run as run_speed
+from ..speed.cli import add_options, run_speed
 
 
 class Parser(argparse.ArgumentParser):
@@ -380,7 +379,7 @@ def unused_name(folder: Path, stem: str, numbers: range | None = None) -> str:
 def save_picture(image, path: Path) -> Path:
     """A PNG, whole or not at all."""
     try:
-        with replacing(path) as f:
+        with atomic_write(path) as f:
             image.save(f, format="PNG")
     except OSError as error:
         raise EmilieError(f"cannot write {path}: {error.strerror or error}") from error
@@ -388,7 +387,7 @@ def save_picture(image, path: Path) -> Path:
 
 
 def run_info(args: argparse.Namespace) -> None:
-    from ..checkpoint.files import info
+    from ..checkpoint.info import info
 
     print(info(args.file, sha256=args.sha256))
 
@@ -396,13 +395,13 @@ def run_info(args: argparse.Namespace) -> None:
 def run_convert(args: argparse.Namespace) -> None:
     import torch
 
-    from ..checkpoint.files import convert
+    from ..checkpoint.convert import convert
 
     print(convert(args.input, args.output, getattr(torch, args.dtype), config=args.config, overwrite=args.overwrite))
 
 
 def run_download(args: argparse.Namespace) -> None:
-    from ..checkpoint.files import download
+    from ..checkpoint.download import download
 
     print(download(args.out, tokenizer_only=args.tokenizer))
 

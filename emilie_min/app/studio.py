@@ -121,7 +121,7 @@ class Session:
         picture, scene, kinds = self.canvas.image, world.Scene("", "", ()), ["background", "style"]
         if picture.size == (world.SIZE, world.SIZE):
             reading = judge.read(picture)
-            if reading.ground_rms < 3 * judge.MAX_RMS:  # else it is some other picture, without shapes to speak of
+            if reading.background_rms < 3 * judge.MAX_RMS:  # else it is some other picture, without shapes to speak of
                 scene, kinds = reading.scene, world.possible(reading.scene)
         return [world.instruct(scene, f"{self.name} {self.canvas.at}", kind)[0] for kind in kinds]
 

@@ -183,7 +183,7 @@ class quiet:
         if not isinstance(cause, Exception) or isinstance(cause, self.source.error):
             return
         if isinstance(cause, Image.DecompressionBombError):
-            self.source.fail("is absurdly large: scale it down first", cause)
+            self.source.fail("is too large to be read: scale it down first", cause)
         if isinstance(cause, MemoryError):
             self.source.fail("does not fit in memory: scale it down first", cause)
         reason = printable(cause, 200) or type(cause).__name__
@@ -287,7 +287,7 @@ def read_tiff(tiff, source: Source) -> Image.Image:
     page, count = tiff.pages[0], len(tiff.pages)
     refuse_size((page.imagewidth, page.imagelength), source)
     if page.imagewidth * page.imagelength > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
-        source.fail("is absurdly large: scale it down first")
+        source.fail("is too large to be read: scale it down first")
     if count > 1:
         source.tell(f"has {count} pages: the first is used; save another alone to use that")
     colours = {0: 1, 1: 1, 2: 3}.get(int(page.photometric), 5)

@@ -6,8 +6,6 @@ runs, so that the arithmetic stays float32: the same numbers as without, where t
 convert` writes. What it costs: `notebooks/speed/README.md`.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -49,9 +47,7 @@ class LowMemoryEditor(Editor):
         self.bring(self.text)
         return super().context(texts)
 
-    def branches(
-        self, x: Sequence[Tensor], sigma: Scale, seen: Sequence[Tensor], told: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def branches(self, x: list[Tensor], sigma: Scale, seen: list[Tensor], told: list[Tensor]) -> list[Tensor]:
         """As `Editor.branches`, on a GPU one branch after another."""
         self.bring(self.network)
         if not self.sequential:

@@ -184,7 +184,8 @@ def test_a_full_disk(photo, capsys, monkeypatch):
 
 
 def test_help_needs_no_torch():
-    code = "import sys\nfrom emilie_min.app import cli\ntry: cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    code = "import sys\nfrom emilie_min.app import cli\n"
+    code += "try: cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 

@@ -181,7 +181,7 @@ def test_another_picture_gets_suggestions_without_shapes(session, tmp_path):
     Image.fromarray(noise).save(tmp_path / "noise.png")
     session.open(str(tmp_path / "noise.png"))
     ground, look = session.suggestions()
-    assert ground.startswith("change the background") and look in world.STYLES.values()
+    assert ground.startswith("change the background") and look in world.STYLE_TEXTS.values()
 
 
 def test_the_tree_of_edits(session):

@@ -77,21 +77,21 @@ def test_unreadable_pictures(tmp_path, monkeypatch):
     with pytest.raises(ImageError, match="too small"):
         images.read_image(gradient(200, 15))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ImageError, match="absurdly large"):
+    with pytest.raises(ImageError, match="too large"):
         images.read_image(tmp_path / "whole.png")
     with pytest.raises(ImageError, match="lower the resolution"):
         images.fit_size((9000, 9000), "native", 64)
 
 
-def test_restoring_the_size_keeps_the_edges():
+def test_restored_to_its_size_a_picture_keeps_the_edges_that_were_cropped_off():
     original = gradient(1000, 333)
     size = images.fit_size(original.size, 512, 64)
     back = images.restore_size(Image.new("RGB", size, "red"), original)
     assert back.size == original.size
     assert back.getpixel((500, 166)) == (255, 0, 0)
-    corner = (original.width - round(size[0] * original.height / size[1])) // 2
-    if corner > 0:
-        assert back.getpixel((0, 100)) == original.getpixel((0, 100))
+    wide = images.restore_size(Image.new("RGB", (64, 64), "red"), original)  # of a square from its middle
+    assert wide.getpixel((500, 166)) == (255, 0, 0) and wide.getpixel((0, 100)) == original.getpixel((0, 100))
+    assert [wide.getpixel((x, 9)) == (255, 0, 0) for x in (332, 333, 665, 666)] == [False, True, True, False]
 
 
 def test_masks_from_pictures_arrays_and_boxes():
@@ -121,6 +121,26 @@ def test_area_threshold_and_soft():
     assert images.latent_mask(thin, 8, soft=True).max() == 0.375
 
 
+def test_masks_are_scaled_by_area():
+    """Stripes finer than the working picture's pixels: what is counted is how much of each pixel they cover."""
+    stripes = np.zeros((128, 128), np.uint8)
+    stripes[:, ::4] = 255  # a quarter everywhere; a half in the lower half
+    stripes[64:, 1::4] = 255
+    soft = np.asarray(images.read_mask(stripes, (128, 128), (32, 32), soft=True))
+    assert (abs(soft[:16] - 63.75) <= 1).all() and (abs(soft[16:] - 127.5) <= 1).all()
+    cells = images.latent_mask(Image.fromarray(stripes), 8, soft=True)
+    assert torch.allclose(cells[..., :8, :], torch.tensor(0.25)) and torch.allclose(
+        cells[..., 8:, :], torch.tensor(0.5)
+    )
+    hard = images.latent_mask(images.read_mask(stripes, (128, 128), (128, 128)), 8)
+    assert not hard[..., :8, :].any() and hard[..., 8:, :].all()
+
+
+def test_a_native_mask_is_cropped_as_its_picture_is():
+    mask = images.read_mask((20, 10, 40, 20), (99, 51), (96, 48), native=True)
+    assert mask.getbbox() == (19, 9, 39, 19)
+
+
 @pytest.mark.parametrize("box", [(0, 0, 0, 5), (5, 5, 2, 8), (0, 0, 65, 5), (-1, 0, 5, 5), (1, 2, 3), (0.5, 0, 5, 5)])
 def test_bad_boxes(box):
     with pytest.raises(MaskError, match="box"):
@@ -128,6 +148,8 @@ def test_bad_boxes(box):
 
 
 def test_bad_masks(tmp_path):
+    with pytest.raises(MaskError, match="fainter"):
+        images.read_mask(np.full((64, 64), 100, np.uint8), (64, 64), (64, 64))
     with pytest.raises(MaskError, match="empty"):
         images.read_mask(np.zeros((64, 64), bool), (64, 64), (64, 64))
     with pytest.raises(MaskError, match="same size"):

@@ -424,7 +424,7 @@ def test_sizes_are_looked_at_before_pixels(monkeypatch):
     bomb = png16(np.zeros((4, 4, 1)))
     bomb = bomb[:16] + struct.pack(">II", 60000, 60000) + bomb[24:]
     bomb = bomb[:29] + struct.pack(">I", zlib.crc32(bomb[12:29])) + bomb[33:]
-    with pytest.raises(ImageError, match="absurdly large"):
+    with pytest.raises(ImageError, match="too large"):
         images.read_image(bomb)
 
 

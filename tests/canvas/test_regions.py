@@ -1,23 +1,19 @@
 """Several instructions in one pass, each in its own mask: the energies add, and nothing else about an edit changes."""
 
 import copy
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from command import MODEL, run
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 import emilie_min as emilie
-from emilie_min import sampling
-from emilie_min.canvas.settings import GATES
-from emilie_min.errors import CanvasError, InstructionError, MaskError
-from emilie_min.toy import evaluate, world
+from emilie_min.canvas import regions
+from emilie_min.config import GATES
+from emilie_min.errors import InstructionError, MaskError
+from emilie_min.sampling import get_sigmas
+from emilie_min.toy import world
 
 FAST = {"steps": 2}
 NIGHT, DAY, COMIC = "make it night", "make it day", "turn it into a comic"
@@ -37,11 +33,6 @@ class Pointwise(nn.Module):
         return 0.3 * x[:, :4] + 0.2 * x[:, 4:] + context[:, 1:5, 0, None, None]
 
 
-@pytest.fixture(scope="module")
-def editor():
-    return emilie.load("random", "toy", device="cpu")
-
-
 @pytest.fixture
 def pointwise(editor):
     editor = copy.copy(editor)
@@ -49,13 +40,8 @@ def pointwise(editor):
     return editor
 
 
-@pytest.fixture
-def canvas(editor):
-    return open_canvas(editor)
-
-
 def open_canvas(editor):
-    return editor.open(world.render(world.scene(3)), seed=5)
+    return emilie.open(world.render(world.scene(3)), editor, seed=5)
 
 
 def area(x0: int, y0: int, x1: int, y1: int, value: int = 255) -> Image.Image:
@@ -74,38 +60,37 @@ def latent_of(editor, *args, **settings) -> torch.Tensor:
     return canvas.latent
 
 
-def test_one_region_is_an_edit_with_one_mask_to_the_bit(editor, canvas):
+def test_one_region_is_an_edit_with_one_mask_to_the_bit(canvas):
     ramp = np.tile(np.linspace(0, 1, 64), (64, 1))
-    for gate in GATES:
-        for mask, soft in ((LEFT, False), (ramp, True), (None, False)):
-            single, region = (
-                canvas.branch(0) and canvas.edit(*args, gate=gate, soft=soft, **FAST) and canvas.state
-                for args in ((NIGHT, mask), ([(NIGHT, mask)],))
-            )
-            assert torch.equal(single.latent, region.latent) and single.image.tobytes() == region.image.tobytes()
-            assert region.instruction == NIGHT and region.regions == [] and region.settings == single.settings
-            assert single.mask == region.mask
+    for mask, soft in ((LEFT, False), (ramp, True), (None, False)):
+        single, region = (
+            canvas.branch(0) and canvas.edit(*args, soft=soft, **FAST) and canvas.state
+            for args in ((NIGHT, mask), ([(NIGHT, mask)],))
+        )
+        assert torch.equal(single.latent, region.latent) and single.image.tobytes() == region.image.tobytes()
+        assert region.instruction == NIGHT and region.regions == [] and region.settings == single.settings
+        assert single.mask == region.mask
 
 
 def test_shares_are_a_partition_of_unity():
     masks = torch.rand(3, 1, 1, 6, 5, generator=torch.Generator().manual_seed(0))
     masks[:, ..., 0, :] = 0  # outside
     masks[1:, ..., 1, :] = 0  # the first alone
-    shares, union = sampling.partition(list(masks))
+    shares, union = regions.partition(list(masks))
     assert shares.shape == (3, 1, 1, 6, 5) and torch.equal(union, masks.amax(0))
     assert (shares.sum(0) - 1).abs().max() < 1e-6 and shares.min() >= 0
     assert torch.allclose(shares[..., 2:, :], masks[..., 2:, :] / masks[..., 2:, :].sum(0))
     assert (shares[0, ..., 1, :] == 1).all() and torch.allclose(shares[..., 0, :], torch.tensor(1 / 3))
-    alone, union = sampling.partition([masks[0]])
+    alone, union = regions.partition([masks[0]])
     assert (alone == 1).all() and torch.equal(union, masks[0])
 
 
 def test_everywhere_else_is_the_remainder_and_leaves_no_outside():
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., :2], mask[..., 2] = 1, 0.25
-    shares, union = sampling.partition([mask, None])
+    shares, union = regions.partition([mask, None])
     assert union is None and torch.equal(shares[0], mask) and torch.equal(shares[1], 1 - mask)
-    shares, union = sampling.partition([None])
+    shares, union = regions.partition([None])
     assert union is None and (shares == 1).all()
 
 
@@ -115,29 +100,63 @@ def test_the_energies_add(pointwise):
     b, sigma, text_scale, image_scale = 2, 3.0, 7.5, 1.5
     draw = torch.Generator().manual_seed(1)
     x, z_img = torch.randn(2, b, 4, 6, 5, generator=draw)
-    context = pointwise.context([NIGHT, DAY, COMIC, ""])
-    weights, _ = sampling.partition(list(torch.rand(3, 1, 1, 6, 5, generator=draw)))
-    guided = pointwise.denoise(x, sigma, z_img, context[:3], context[3:], text_scale, image_scale, weights)
+    *conds, null = pointwise.context([NIGHT, DAY, COMIC, ""]).split(1)
+    shares, _ = regions.partition(list(torch.rand(3, 1, 1, 6, 5, generator=draw)))
+    guided = regions.denoiser(pointwise, z_img, conds, null, shares, text_scale, image_scale)(x, sigma)
 
     z_t = x / (sigma**2 + 1) ** 0.5
-    bias = context[:, 1:5, 0, None, None]
-    *conds, img_cond = (x - sigma * (0.3 * z_t + 0.2 * z_img + c) for c in bias)
-    uncond = x - sigma * (0.3 * z_t + bias[3])
-    energies = sum(w * (cond - img_cond) for w, cond in zip(weights, conds))
+    *biases, bias = (context[:, 1:5, 0, None, None] for context in (*conds, null))
+    *each, img_cond = (x - sigma * (0.3 * z_t + 0.2 * z_img + c) for c in (*biases, bias))
+    uncond = x - sigma * (0.3 * z_t + bias)
+    energies = sum(share * (cond - img_cond) for share, cond in zip(shares, each))
     assert torch.allclose(guided, uncond + image_scale * (img_cond - uncond) + text_scale * energies, atol=1e-4)
     assert energies.abs().max() > 0.1
+    alone = regions.unguided(pointwise, z_img, conds, shares)(x, sigma)
+    assert torch.allclose(alone, sum(share * cond for share, cond in zip(shares, each)), atol=1e-5)
 
 
 @torch.no_grad()
 def test_the_energies_of_a_real_network_add(editor):
     """What several instructions move is the weighted sum of what each one moves alone."""
     x, z_img = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
-    a, b, uncond = editor.context([NIGHT, DAY, ""]).split(1)
-    weights, _ = sampling.partition(list(torch.rand(2, 1, 1, 16, 16, generator=torch.Generator().manual_seed(3))))
-    empty, alone_a, alone_b = (editor.denoise(x, 2.0, z_img, c, uncond, 7.5, 1.5) for c in (uncond, a, b))
-    both = editor.denoise(x, 2.0, z_img, torch.cat([a, b]), uncond, 7.5, 1.5, weights)
-    moved = weights[0] * (alone_a - empty) + weights[1] * (alone_b - empty)
+    a, b, null = editor.context([NIGHT, DAY, ""]).split(1)
+    shares, _ = regions.partition(list(torch.rand(2, 1, 1, 16, 16, generator=torch.Generator().manual_seed(3))))
+    empty, alone_a, alone_b = (editor.denoise(x, 2.0, z_img, c, null, 7.5, 1.5) for c in (null, a, b))
+    both = regions.denoiser(editor, z_img, [a, b], null, shares, 7.5, 1.5)(x, 2.0)
+    moved = shares[0] * (alone_a - empty) + shares[1] * (alone_b - empty)
     assert moved.abs().max() > 1e-3 and torch.allclose(both - empty, moved, atol=1e-5 * both.abs().max().item())
+
+
+@pytest.mark.parametrize("each", [[None], [LEFT], [(NIGHT, LEFT), (DAY, RIGHT)]], ids=["free", "mask", "regions"])
+def test_guidance_in_an_interval(pointwise, each):
+    """Outside it the instructions alone, at the cost of their branches; inside it all as ever."""
+    canvas, each = open_canvas(pointwise), each if len(each) > 1 else [(NIGHT, each[0])]
+    sigmas = get_sigmas(6, pointwise.alphas_cumprod)[:-1].tolist()
+    low, high = sorted(sigmas)[2], sorted(sigmas)[4]  # both ends belong to it
+    settings = {"steps": 6, "text_scale": 3.0, "image_scale": 1.5, "guidance_interval": (low, high)}
+    seen, n = list(canvas.steps(each, **settings)), len(each)
+    assert pointwise.unet.branches == [n + 2 if low <= sigma <= high else n for sigma in sigmas]
+    assert pointwise.unet.branches.count(n) == 3
+    *conds, null = pointwise.context([text for text, _ in each] + [""]).split(1)
+    shares = canvas.read_regions([mask for _, mask in each])[1]
+    for step in seen[:-1]:
+        alone = regions.unguided(pointwise, canvas.z_img, conds, shares)(step.x, step.sigma)
+        guided = regions.denoiser(pointwise, canvas.z_img, conds, null, shares, 3.0, 1.5)(step.x, step.sigma)
+        assert torch.allclose(step.denoised, guided if low <= step.sigma <= high else alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "regions"])
+def test_the_guidance_gate_holds_outside_the_guidance_interval_too(pointwise, several):
+    """Outside the mask an instruction has no effect, at whatever noise level; inside it has."""
+
+    def latent(text):
+        each = [(text, LEFT), (text, RIGHT)] if several else [(text, LEFT)]
+        settings = {"gate": "guidance", "steps": 4, "text_scale": 3.0, "image_scale": 1.5}
+        return latent_of(pointwise, each, guidance_interval=(1.0, 8.0), **settings)
+
+    night, comic = latent(NIGHT), latent(COMIC)
+    assert torch.equal(night[..., BETWEEN], comic[..., BETWEEN])
+    assert not torch.allclose(night[..., LEFT_CELLS], comic[..., LEFT_CELLS], atol=1e-2)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -152,8 +171,8 @@ def test_regions_apart_come_out_as_each_does_alone(pointwise, gate):
 
 def test_outside_all_regions_the_anchor_keeps_the_latent_to_the_bit(canvas):
     source = canvas.latent
-    for regions in ([(NIGHT, LEFT), (DAY, RIGHT)], [(COMIC, RIGHT), (NIGHT, LEFT)]):
-        canvas.edit(regions, **FAST)
+    for each in ([(NIGHT, LEFT), (DAY, RIGHT)], [(COMIC, RIGHT), (NIGHT, LEFT)]):
+        canvas.edit(each, **FAST)
         assert torch.equal(canvas.latent[..., BETWEEN], source[..., BETWEEN])
     for cells in (LEFT_CELLS, RIGHT_CELLS):
         assert not torch.equal(canvas.latent[..., cells], source[..., cells])
@@ -200,7 +219,7 @@ def test_keep_background_keeps_what_is_outside_the_union(canvas):
     after = np.asarray(canvas.edit([(NIGHT, LEFT), (COMIC, RIGHT)], gate="eq8", keep_background=True, **FAST))
     assert (after[:, 24:40] == before[:, 24:40]).all()
     assert all((after[:, columns] != before[:, columns]).any() for columns in (slice(0, 24), slice(40, 64)))
-    assert np.array_equal(canvas.touched(), np.maximum(LEFT, RIGHT))
+    assert np.array_equal(canvas.edited_mask(), np.maximum(LEFT, RIGHT))
 
 
 def test_a_state_tells_its_regions(canvas):
@@ -214,139 +233,45 @@ def test_a_state_tells_its_regions(canvas):
 
 
 @pytest.mark.parametrize(
-    ("edit", "error", "match"),
+    ("instruction", "mask", "error"),
     [
-        ({"instruction": []}, InstructionError, "one or more"),
-        ({"instruction": [NIGHT, DAY]}, InstructionError, r"\[\(instruction, mask\), ...\]"),
-        ({"instruction": (NIGHT, LEFT)}, InstructionError, r"\[\(instruction, mask\), ...\]"),
-        ({"instruction": [(NIGHT, LEFT), (DAY,)]}, InstructionError, r"\[\(instruction, mask\), ...\]"),
-        ({"instruction": [(NIGHT, LEFT), (" ", RIGHT)]}, InstructionError, "empty"),
-        ({"instruction": [(LEFT, NIGHT)]}, InstructionError, "not Image"),
-        ({"instruction": [(NIGHT, LEFT), ("make it winter", RIGHT)]}, InstructionError, "'winter'"),
-        ({"instruction": [(NIGHT, LEFT)], "mask": RIGHT}, MaskError, "its own mask"),
-        ({"instruction": [(NIGHT, LEFT), (DAY, area(0, 0, 0, 0))]}, MaskError, "empty"),
-        ({"instruction": [(NIGHT, LEFT), (DAY, (0, 0, 1, 64))]}, MaskError, "vanishes"),
-        ({"instruction": [(NIGHT, LEFT), (DAY, None), (COMIC, None)]}, MaskError, "only one"),
-        ({"instruction": [(NIGHT, (0, 0, 64, 64)), (DAY, None)]}, MaskError, "nothing is left"),
-        ({"instruction": [(NIGHT, LEFT), (DAY, None)], "keep_background": True}, MaskError, "every instruction"),
+        ("", None, InstructionError),
+        ("  ", None, InstructionError),
+        (None, None, InstructionError),
+        ([], None, InstructionError),
+        ([NIGHT, DAY], None, InstructionError),
+        ((NIGHT, LEFT), None, InstructionError),
+        ([(NIGHT, LEFT), (DAY,)], None, InstructionError),
+        ([(NIGHT, LEFT), (" ", RIGHT)], None, InstructionError),
+        ([(LEFT, NIGHT)], None, InstructionError),
+        ([(NIGHT, LEFT)], RIGHT, MaskError),
     ],
+    ids=str,
 )
-def test_bad_regions_change_nothing(canvas, edit, error, match):
-    with pytest.raises(error, match=match):
-        canvas.edit(**edit)
-    assert len(canvas.states) == 1
+def test_what_is_no_instruction(instruction, mask, error):
+    with pytest.raises(error):
+        regions.read(instruction, mask, allow_empty=False)
 
 
-def test_a_saved_session_with_regions_goes_on_bit_for_bit(editor, canvas, tmp_path):
-    canvas.edit([(NIGHT, LEFT), (DAY, MIDDLE)], **FAST)
-    canvas.edit([(COMIC, RIGHT), (NIGHT, None)], **FAST)
-    canvas.save(tmp_path / "session.safetensors")
-    other = emilie.open_canvas(tmp_path / "session.safetensors", editor)
-    for a, b in zip(canvas.states, other.states, strict=True):
-        assert torch.equal(a.latent, b.latent) and a.image == b.image and a.mask == b.mask
-        assert a.regions == b.regions and a.instruction == b.instruction and a.settings == b.settings
-    assert len(other.states[1].regions) == 2 and other.states[2].regions[1] == (NIGHT, None)
-    again = [canvas.edit([(DAY, LEFT), (COMIC, RIGHT)], **FAST) for canvas in (canvas, other)]
-    assert again[0] == again[1] and torch.equal(canvas.latent, other.latent)
-    other.branch(0)
-    assert other.edit(other.states[1].regions, **FAST) == canvas.states[1].image  # a record can be followed again
+def test_an_empty_instruction_where_it_is_allowed(canvas):
+    assert regions.read("", None, allow_empty=True) == ([""], [None])
+    canvas.edit("", allow_empty=True, **FAST)
+    assert canvas.state.instruction == ""
 
 
-def contents(path) -> tuple[dict, dict]:
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["canvas"]), {key: file.get_tensor(key) for key in file.keys()}
+@pytest.mark.parametrize(
+    ("each", "match"),
+    [
+        ([(NIGHT, LEFT), (DAY, None), (COMIC, None)], "only one"),
+        ([(NIGHT, (0, 0, 64, 64)), (DAY, None)], "nothing is left"),
+    ],
+    ids=str,
+)
+def test_masks_that_leave_an_instruction_nothing(canvas, each, match):
+    with pytest.raises(MaskError, match=match):
+        canvas.edit(each, **FAST)
 
 
-def test_sessions_of_one_mask_are_what_they_were(editor, canvas, tmp_path):
-    """An earlier version reads them, and this one reads an earlier version's."""
-    canvas.edit(NIGHT, LEFT, **FAST)
-    canvas.save(tmp_path / "session.safetensors")
-    about, tensors = contents(tmp_path / "session.safetensors")
-    assert all(set(state) == {"instruction", "parent", "settings", "f"} for state in about["states"])
-    assert set(tensors) == {"z_init", "z_img", "0.latent", "0.image", "1.latent", "1.image", "1.mask"}
-    about["states"][1]["settings"] = {"steps": 2}  # what else an earlier file may say is only kept
-    metadata = {"format": "emilie canvas 1", "canvas": json.dumps(about)}
-    save_file(tensors, tmp_path / "old.safetensors", metadata)
-    old = emilie.open_canvas(tmp_path / "old.safetensors", editor)
-    assert [state.regions for state in old.states] == [[], []] and old.state.instruction == NIGHT
-    assert old.edit([(DAY, LEFT), (NIGHT, RIGHT)], **FAST) == canvas.edit([(DAY, LEFT), (NIGHT, RIGHT)], **FAST)
-
-
-def test_a_session_whose_regions_are_no_list(editor, canvas, tmp_path):
-    canvas.edit([(NIGHT, LEFT), (DAY, RIGHT)], **FAST)
-    canvas.save(tmp_path / "session.safetensors")
-    about, tensors = contents(tmp_path / "session.safetensors")
-    about["states"][1]["regions"] = 3
-    metadata = {"format": "emilie canvas 1", "canvas": json.dumps(about)}
-    save_file(tensors, tmp_path / "broken.safetensors", metadata)
-    with pytest.raises(CanvasError, match="cannot be read"):
-        emilie.open_canvas(tmp_path / "broken.safetensors", editor)
-
-
-def test_the_command_takes_several_regions(photo, editor, capsys):  # noqa: F811
-    RIGHT.save("right.png")
-    places = ["--box", "1=0,0,24,64", "--also", f"1=right.png:{COMIC}", "--also", f"2=0,0,24,64: {NIGHT}"]
-    code, out, err = run("edit", photo, NIGHT, DAY, *places, *MODEL, capsys=capsys)
-    assert code == 0 and not err and "photo_2.png" in out
-    canvas = editor.open(photo, seed=0)
-    for regions in ([(NIGHT, LEFT), (COMIC, RIGHT)], [(DAY, None), (NIGHT, LEFT)]):
-        canvas.edit(regions, steps=1)
-    written = emilie.open_canvas("out/photo.canvas.safetensors", editor)
-    assert [s.regions for s in written.history] == [s.regions for s in canvas.history]
-    assert torch.equal(written.latent, canvas.latent)
-    strip = np.asarray(Image.open("out/photo_strip.png"))
-    ink = (strip == (255, 0, 120)).all(-1)[12:268]  # the outlines, in the row of pictures
-    assert [ink[:, x : x + 256].any() for x in (12, 280, 548)] == [False, True, False]
-    assert ink[128, 280 : 280 + 96].any() and ink[128, 280 + 160 : 536].any()  # of both regions
-    assert not ink[:, 280 + 97 : 280 + 159].any()
-
-
-def test_the_command_keeps_the_background_of_all_regions(photo, capsys):  # noqa: F811
-    regions = ["--box", "1=0,0,24,64", "--also", f"1=40,0,64,64:{COMIC}", "--keep-background"]
-    assert run("edit", photo, NIGHT, *regions, *MODEL, capsys=capsys)[0] == 0
-    before, after = np.asarray(Image.open(photo)), np.asarray(Image.open("out/photo_1.png"))
-    assert (before[:, 24:40] == after[:, 24:40]).all() and (before != after).any()
-
-
-BAD = {
-    "no number": ("0,0,9,9:make it day", "which edit"),
-    "nothing behind the number": ("1=", "which edit"),
-    "number of nothing": ("3=0,0,9,9:make it day", "no edit 3, only 1 to 2"),
-    "no instruction": ("1=0,0,9,9", "where and what"),
-    "empty instruction": ("1=0,0,9,9: ", "where and what"),
-    "no place": ("1=:make it day", "where and what"),
-    "box of three": ("1=0,0,9:make it day", "four whole numbers"),
-    "box outside": ("1=0,0,99,99:make it day", "does not lie in"),
-    "box without area": ("2=0,0,1,1:make it day", "vanishes"),
-    "everything": ("2=0,0,64,64:make it day", "nothing is left"),
-    "mask of nothing": ("1=none.png:make it day", "no picture at none.png"),
-    "word of nothing": ("2=0,0,24,64:make it winter", "'winter'"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_also(name, photo, capsys):  # noqa: F811
-    value, message = BAD[name]
-    code, _, err = run("edit", photo, NIGHT, DAY, "--also", value, *MODEL, capsys=capsys)
-    assert code == 2 and len(err) == 1 and message in err[0], err
-    assert not Path("out").exists()  # told before the first edit
-
-
-def test_help_tells_how_to_write_also(capsys):
-    code, out, _ = run("edit", "--help", capsys=capsys)
-    assert code == 0 and "--also N=WHERE:INSTRUCTION" in out
-
-
-def test_two_places_are_two_and_their_truth_is_known():
-    for i, (first, second) in enumerate([("add", "remove"), ("remove", "recolour"), ("shape", "add")] * 5):
-        scene, after, [(_, here), (_, there)] = evaluate.two_places(evaluate.FIRST + i, first, second)
-        changed = np.asarray(world.render(scene), int) != np.asarray(world.render(after), int)
-        masks = [np.asarray(mask) > 0 for mask in (here, there)]
-        assert not (masks[0] & masks[1]).any() and not changed[~(masks[0] | masks[1])].any()
-        assert changed[masks[0]].any() and changed[masks[1]].any()
-
-
-def test_the_model_that_ships_follows_two_instructions_in_one_pass():
-    figures = evaluate.regions(emilie.load(device="cpu"), 2)
-    assert figures["one pass"]["right"] >= 0.5  # `emilie toy-eval` measures it on 50
-    assert set(figures) == {"scenes", "one pass", "in turn"} and figures["in turn"]["seconds"] > 0
+def test_a_background_needs_an_outside(canvas):
+    with pytest.raises(MaskError, match="every instruction"):
+        canvas.edit([(NIGHT, LEFT), (DAY, None)], keep_background=True, **FAST)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from pseudo import error, manifest
 
-from emilie_min.checkpoint import files, reading
+from emilie_min.checkpoint import reading
+from emilie_min.checkpoint.networks import meta_networks
 from emilie_min.config import load_config
 from emilie_min.errors import CheckpointError, ImageError
+from emilie_min.unet import SpatialTransformer, timestep_embedding
 
 SINGLE = 1e-5  # relative error of one network's pass, float32
 
@@ -22,7 +24,7 @@ def entries(name="manifest", channels=None):
         shape = entry["shape"]
         if channels and key in first:
             shape = [shape[0], channels, *shape[2:]]
-        out[key] = reading.Entry(getattr(torch, entry["dtype"]), tuple(shape), (), 0)
+        out[key] = reading.Entry(getattr(torch, entry["dtype"]), tuple(shape))
     return out
 
 
@@ -49,11 +51,44 @@ def test_unet_block_by_block(networks, goldens):
     assert max(errors.values()) <= SINGLE, errors
 
 
+def test_group_norms_have_two_epsilons(networks):
+    """1e-6 in the transformers and the whole autoencoder, 1e-5 elsewhere: at usual inputs the goldens hardly differ."""
+    transformers = {f"{n}.norm" for n, m in networks["unet"].named_modules() if isinstance(m, SpatialTransformer)}
+    seen = {"unet": [], "vae": []}
+    for part in seen:
+        for name, layer in networks[part].named_modules():
+            if isinstance(layer, torch.nn.GroupNorm):
+                seen[part].append(layer.eps)
+                assert layer.eps == (1e-6 if part == "vae" or name in transformers else 1e-5), name
+            if isinstance(layer, torch.nn.LayerNorm):
+                assert layer.eps == 1e-5, name
+    assert seen["unet"].count(1e-5) == 45 and seen["unet"].count(1e-6) == 16 and len(seen["vae"]) > 40
+
+
+@torch.no_grad()
+def test_downsampling_pads_on_all_sides_in_the_unet_and_right_and_below_in_the_autoencoder(networks):
+    x = torch.zeros(1, 128, 8, 8)
+    x[..., 0, :] = x[..., :, 0] = 1  # what a kernel sees of it depends on where the padding is
+    for part, layer, pad in (
+        ("unet", networks["unet"].input_blocks[9][0], (1, 1, 1, 1)),
+        ("vae", networks["vae"].encoder.down[2].downsample, (0, 1, 0, 1)),
+    ):
+        (conv,) = layer.children()
+        expected = torch.nn.functional.conv2d(torch.nn.functional.pad(x, pad), conv.weight, conv.bias, stride=2)
+        assert error(layer(x), expected) <= SINGLE, part
+
+
+def test_fractional_timesteps_are_embedded_as_they_are():
+    whole, between = timestep_embedding(torch.tensor([3.0, 3.5]), 64)
+    assert not torch.equal(whole, between)
+    assert between[0] == torch.tensor(3.5).cos() and between[32] == torch.tensor(3.5).sin()  # cosines first
+
+
 @torch.no_grad()
 def test_raw_weights_are_another_model(networks, goldens, small_config, small_ckpt):
     """The averaged weights give the golden, the raw ones the original's raw output, and the two are far apart."""
     raw = {key: entry for key, entry in reading.index(small_ckpt).items() if not key.startswith(reading.EMA)}
-    unaveraged = files.meta_networks(small_config)
+    unaveraged = meta_networks(small_config)
     assert reading.load(unaveraged, small_ckpt, "cpu", torch.float32, raw).family == "raw"
     inputs = [goldens[f"unet.sq.{name}"] for name in ("x", "t", "context")]
     assert error(unaveraged["unet"](*inputs), goldens["unet.sq.eps_raw_weights"]) <= SINGLE
@@ -105,7 +140,7 @@ def test_images_that_cannot_be_encoded(networks, height, width):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, close", [(torch.float16, 1e-2), (torch.bfloat16, 6e-2)])
 def test_half_precision(networks, goldens, small_config, small_ckpt, dtype, close):
-    nets = files.meta_networks(small_config)
+    nets = meta_networks(small_config)
     reading.load(nets, small_ckpt, "cpu", dtype)
     assert all(p.dtype == dtype for net in nets.values() for p in net.parameters())
     x, t, context = (goldens[f"unet.sq.{name}"] for name in ("x", "t", "context"))
@@ -122,14 +157,14 @@ def test_half_precision(networks, goldens, small_config, small_ckpt, dtype, clos
 
 def test_the_released_files_keys_and_shapes():
     """All 1831 tensors of the released checkpoint are a parameter of the full-size networks or named as unused."""
-    released, networks = entries(), files.meta_networks(load_config("ip2p"))
+    released, networks = entries(), meta_networks(load_config("ip2p"))
     assert len(released) == 1831
     wanted, report = reading.check(networks, released, "released")
     assert report.family == "EMA"
     assert {part: len(names) for part, names in wanted.items()} == {"unet": 686, "vae": 248, "text": 196}
     assert sum(report.dropped.values()) == 1831 - 686 - 248 - 196
     assert sorted(report.dropped.values()) == [1, 2, 12, 686]
-    assert reading.fits(released) == "ip2p"
+    assert reading.detect_config(released) == "ip2p"
     raw_only = {key: entry for key, entry in released.items() if not key.startswith(reading.EMA)}
     wanted, report = reading.check(networks, raw_only, "pruned")
     assert report.family == "raw" and set(wanted["unet"].values()) <= raw_only.keys()
@@ -137,26 +172,26 @@ def test_the_released_files_keys_and_shapes():
 
 def test_every_averaged_tensor_is_the_parameter_that_the_original_means():
     """EMA names lose their dots; the manifest of the original says which parameter each one follows."""
-    ema_of, networks = manifest("manifest")["ema_of"], files.meta_networks(load_config("ip2p"))
-    keys, _ = reading.file_keys(networks, ema_of)
+    ema_of, networks = manifest("manifest")["ema_of"], meta_networks(load_config("ip2p"))
+    keys, _ = reading.key_map(networks, ema_of)
     assert {key: reading.RAW + name for name, key in keys["unet"].items()} == ema_of
 
 
 def test_stable_diffusions_keys_and_shapes():
-    networks = files.meta_networks(load_config("sd15"))
+    networks = meta_networks(load_config("sd15"))
     four = entries(channels=4)
-    assert reading.fits(four) == "sd15"
+    assert reading.detect_config(four) == "sd15"
     reading.check(networks, four, "sd15")
     with pytest.raises(CheckpointError, match="320x8x3x3 and should be 320x4x3x3"):
         reading.check(networks, entries(), "ip2p as sd15")
-    assert reading.fits(entries(channels=9)) is None  # an inpainting model
+    assert reading.detect_config(entries(channels=9)) is None  # an inpainting model
 
 
 def test_the_small_model_has_the_same_keys(small_config):
-    small, networks = entries("small_manifest"), files.meta_networks(small_config)
+    small, networks = entries("small_manifest"), meta_networks(small_config)
     _, report = reading.check(networks, small, "small")
     assert report.family == "EMA"
-    assert reading.fits(small) is None  # so that it needs --config
+    assert reading.detect_config(small) is None  # so that it needs --config
 
 
 def test_networks_keep_no_gradient_and_no_dropout(networks):

@@ -11,7 +11,6 @@ from PIL import Image
 import emilie_min as emilie
 from emilie_min.canvas import images
 from emilie_min.config import load_config
-from emilie_min.emilie import random_latent
 from emilie_min.errors import CheckpointError, EmilieError, InstructionError, SamplingError
 from emilie_min.methods import ddim, hooks
 from emilie_min.methods.base import Chain, Request
@@ -19,6 +18,7 @@ from emilie_min.methods.bld import BlendedLatentDiffusion
 from emilie_min.methods.diffedit import DiffEdit, differing
 from emilie_min.methods.pnp import PlugAndPlay, modules
 from emilie_min.methods.text_to_image import Work
+from emilie_min.sampling import noise_stream
 from emilie_min.toy import judge, world
 from emilie_min.unet import UNetModel
 
@@ -83,7 +83,7 @@ def outside(z):
 
 
 def encoded(editor, image):
-    return editor.scale_factor * editor.encode(image)
+    return editor.scale_factor * images.to_latent(editor, image)
 
 
 def close(a, b):
@@ -195,7 +195,7 @@ def test_the_small_model_reconstructs_a_picture_better_with_more_steps():
 
 
 def test_guidance_is_one_batch_and_none_is_one_branch(editor, alphas, eps):
-    z = random_latent(SHAPE, 0)()
+    z = noise_stream(SHAPE, 0)()
     work = Work(editor, None, None, "", "", z, None, alphas)
     with torch.no_grad(), hooks.capture(editor.unet, ["out"]) as seen:
         for guidance, text, branches in ((7.5, AFTER, 2), (0.0, AFTER, 2), (1.0, AFTER, 1), (7.5, "", 1)):
@@ -210,7 +210,7 @@ def test_guidance_is_one_batch_and_none_is_one_branch(editor, alphas, eps):
 
 @pytest.fixture
 def unet_pass(editor):
-    z = random_latent((2, *SHAPE[1:]), 1)()
+    z = noise_stream((2, *SHAPE[1:]), 1)()
     context = editor.context([BEFORE, AFTER])
 
     @torch.no_grad()
@@ -387,7 +387,7 @@ def test_plug_and_play_inverts_through_all_timesteps_unless_told_otherwise(edito
 def test_blended_latent_diffusion_step_by_step(editor, chain, eps, alphas):
     method = BlendedLatentDiffusion(editor, steps=5, guidance=4.0)
     done = method.edit(chain, request(left_half()))
-    noise, source = random_latent(SHAPE, 5, "edit", 0), encoded(editor, chain.image)
+    noise, source = noise_stream(SHAPE, 5, "edit", 0), encoded(editor, chain.image)
     mask = images.latent_mask(left_half(), 4)
 
     def q(t):
@@ -429,7 +429,7 @@ def test_diffedit_step_by_step(editor, chain, eps, alphas):
 @torch.no_grad()
 def test_diffedit_finds_the_mask_where_guided_predictions_differ(editor, chain, eps, alphas):
     done = DiffEdit(editor, steps=4, maps=3).edit(chain, request(left_half()))
-    noise, source = random_latent(SHAPE, 5, "edit", 0), encoded(editor, chain.image)
+    noise, source = noise_stream(SHAPE, 5, "edit", 0), encoded(editor, chain.image)
     differences = []
     for _ in range(3):
         z = alphas[251] ** 0.5 * source + (1 - alphas[251]) ** 0.5 * noise()  # half of 4 steps up
