@@ -21,13 +21,15 @@ def load(
     tokenizer: str | Path | None = None,
     compile: bool = False,
     low_memory: bool = False,
+    ema: str = "auto",
 ) -> Editor:
     """Networks from a file, ready to edit.
 
-    weights: None = the small model that ships, a .ckpt or .safetensors path, or "random"; config: one of
-    `config.BUILT_IN`, a YAML path, or None = told by the file's tensors; device, dtype: None = CUDA in float16 if there
-    is one, else CPU in float32; tokenizer: a folder with CLIP's vocab.json and merges.txt; compile: the fast path,
-    the same results to rounding, see `faster.fast`; low_memory: slower, see `faster.low_memory`.
+    weights: None = the small model that ships, a .ckpt or .safetensors path, a folder that diffusers wrote, or
+    "random"; config: one of `config.BUILT_IN`, a YAML path, or None = told by the file's tensors; device, dtype: None =
+    CUDA in float16 if there is one, else CPU in float32; tokenizer: a folder with CLIP's vocab.json and merges.txt;
+    compile: the fast path, the same results to rounding, see `faster.fast`; low_memory: slower, see
+    `faster.low_memory`; ema: which of two UNets, see `checkpoint.reading.key_map`.
     Raises CheckpointError, ConfigError.
     """
     if tokenizer and not all(os.path.isfile(Path(tokenizer) / name) for name in TOKENIZER_FILES):
@@ -51,11 +53,13 @@ def load(
         config = config or "toy"
     else:
         entries = reading.index(weights)
+        reading.refuse(weights, entries)
         config = config or reading.detect_config(entries)
         if config is None:
             raise CheckpointError(f"{weights} is {reading.explain_unknown(entries)}")
     config = load_config(config)
-    tokenizers = ([Path(tokenizer)] if tokenizer else []) + [f / sub for f in folders for sub in ("tokenizer", ".")]
+    beside = [Path(weights) / "tokenizer"] if Path(weights).is_dir() else []
+    tokenizers = ([Path(tokenizer)] if tokenizer else beside) + [f / sub for f in folders for sub in ("tokenizer", ".")]
     drawn_on = device if weights == "random" else torch.device("meta")
     with explain_oom("while the weights were loaded"):
         with drawn_on, torch.random.fork_rng(devices=[drawn_on] if drawn_on.type == "cuda" else []):
@@ -68,7 +72,7 @@ def load(
             for network in networks.values():
                 network.to(*held).requires_grad_(False).eval()
         else:
-            family = reading.load(networks, weights, *held, entries).family
+            family = reading.load(networks, weights, *held, entries, ema).family
     model = f"{config.name if config.name in BUILT_IN else Path(config.name).stem}/{Path(weights).name}"
     kind = Editor
     if compile:
