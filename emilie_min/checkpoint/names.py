@@ -38,8 +38,8 @@ MATRICES = re.compile(  # 1x1 convolutions, which are also written as matrices
 # ---- diffusers' folder: its parts, where their tensors are, what a part's names become
 
 FOLDER = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
+    "unet": ("diffusion_pytorch_model",),
+    "vae": ("diffusion_pytorch_model",),
     "text_encoder": ("model", "pytorch_model"),
 }
 UNET = {
