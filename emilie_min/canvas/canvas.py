@@ -51,7 +51,7 @@ def open(
         z_img = images.to_latent(editor, picture).cpu()
     z_init = noise_stream(tuple(z_img.shape), seed, "init")()
     root = State("", editor.scale_factor * z_img, picture)
-    return Canvas(editor, seed, original.size, native, z_init, z_img, [root])
+    return Canvas(editor, seed, original.size, native, z_init, z_img, [root], turned=original.info.get("orientation"))
 
 
 def check_can_edit(editor: Editor) -> None:
@@ -76,6 +76,7 @@ class Canvas:
     states: list[State]
     at: int = 0  # the state that the next edit starts from
     redo_stack: list[int] = field(default_factory=list)
+    turned: int | None = None  # the EXIF orientation that the opened picture was turned by
 
     @property
     def state(self) -> State:
@@ -213,8 +214,11 @@ class Canvas:
 
     def read_mask(self, mask: Mask, soft: bool = False) -> tuple[Image.Image, Tensor]:
         """A mask as PIL "L" at working size and at the latent's, (1, 1, h, w). Raises MaskError."""
-        pixels = images.read_mask(mask, self.original_size, self.state.image.size, self.native, soft)
-        return pixels, images.latent_mask(pixels, self.editor.vae.factor, soft)
+        factor = self.editor.vae.factor
+        pixels = images.read_mask(
+            mask, self.original_size, self.state.image.size, self.native, soft, factor, self.turned
+        )
+        return pixels, images.latent_mask(pixels, factor, soft)
 
     def read_regions(
         self, masks: Sequence[Mask | None], soft: bool = False

@@ -298,7 +298,8 @@ def test_diffusers_layout_is_recognised(tmp_path):
     for key in ("down_blocks.0.attentions.0.norm.weight", "encoder.down_blocks.0.resnets.0.norm1.weight"):
         save_file({key: torch.zeros(3)}, tmp_path / "a.safetensors")
         entries = reading.index(tmp_path / "a.safetensors")
-        assert reading.detect_config(entries) is None and "diffusers" in reading.explain_unknown(entries)
+        with pytest.raises(CheckpointError, match="diffusers"):
+            reading.refuse(tmp_path / "a.safetensors", entries)
     assert "no key starts with" in reading.explain_unknown({})
 
 
