@@ -1,6 +1,7 @@
 """Pictures and masks on their way in and out: from what `pictures` opens to tensors, and back."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
