@@ -12,6 +12,8 @@ from importlib import import_module
 
 from .errors import EmilieError
 
+__version__ = "0.1.0"
+
 _HOME = {
     "load": "loading",
     "open": "canvas.canvas",
@@ -24,7 +26,7 @@ _MODULES = ("config", "emilie", "errors", "loading", "sampling", "text", "unet",
 __all__ = ["EmilieError", *_HOME]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     if name in _MODULES:

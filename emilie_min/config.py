@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import yaml
 from omegaconf import MISSING, OmegaConf
 
-from .errors import ConfigError, printable
+from .errors import ConfigError, first_line, printable
 
 BUILT_IN = ("ip2p", "sd15", "toy", "toy-t2i")
 GATES = ("anchor", "eq8", "guidance")  # what a mask does: see `Editor.steps`
+TOKENIZER_FILES = ("vocab.json", "merges.txt")  # CLIP's
 
 
 @dataclass
@@ -110,6 +111,7 @@ ONLY = {  # what the networks here do not vary: another value would go unnoticed
     f"{VAE}.ddconfig.in_channels": 3, f"{VAE}.ddconfig.out_ch": 3,
     f"{TEXT}.text_config.max_position_embeddings": 77,
 }  # fmt: skip
+PLAIN = "are not read here, since they can multiply or reach this machine's environment: write the values out"
 LARGEST = {"num_res_blocks": 64, "num_hidden_layers": 64}  # of all other sizes and counts 2**20
 
 
@@ -127,77 +129,68 @@ def load_config(name: str | Path) -> Config:
         raise ConfigError(f"{wrong}. Give one of {', '.join(BUILT_IN)} or a YAML file") from error
     config, key = OmegaConf.structured(Config), ""
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # could multiply without end
-            raise ValueError("YAML aliases (*name) are not read here: write the values out")
+        _require(not any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)), f"aliases (*name) {PLAIN}")
         given = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-        if "${" in str(given):  # could read this machine's environment
-            raise ValueError("interpolations (${name}) are not read here: write the values out")
-        for section, key, value in _settings(given):
+        _require("${" not in str(given), f"interpolations (${{name}}) {PLAIN}")
+        _require(isinstance(given, dict), "not a mapping of settings")
+        for section, key, value in list(_settings(given)):
             config.merge_with({section: {key.rpartition(".")[2]: value}})
-        config, key = OmegaConf.to_object(config), ""
+        key = ""
+        config = OmegaConf.to_object(config)
         _check(config)
     except Exception as error:  # OmegaConf's own errors, those of the YAML reader below it, and of odd YAML
         key = key or getattr(error, "full_key", "")
-        reason = getattr(error, "problem", None) or (str(error).splitlines() or ["not a mapping of settings"])[0]
+        reason = getattr(error, "problem", None) or first_line(error)
         raise ConfigError(printable(f"config {name}: {f'{key}: ' if key else ''}{reason}")) from error
     config.name = str(name)
     return config
 
 
-def _settings(given: dict, above: str = "") -> Iterator[tuple[str, str, object]]:
-    """(section, its key's full path in the file, value) of all that is neither ignored nor fixed."""
+def _settings(given: dict[str, Any], above: str = "") -> Iterator[tuple[str, str, object]]:
+    """(section, the key's full path in the file, value) of all that is neither ignored nor fixed."""
     for key, value in given.items():
         path = f"{above}.{key}".lstrip(".")
-        if any(section == path or section.startswith(f"{path}.") for section in SECTIONS):
-            if not isinstance(value, dict):
-                raise ValueError(f"{path} must be a mapping of settings")
+        if any(f"{section}.".startswith(f"{path}.") for section in SECTIONS):
+            _require(isinstance(value, dict), f"{path} must be a mapping of settings")
             yield from _settings(value, path)
         elif path in ONLY:
-            if value != ONLY[path]:
-                raise ValueError(f"{path} must be {str(ONLY[path]).lower()}, not {value}")
+            _require(value == ONLY[path], f"{path} must be {str(ONLY[path]).lower()}, not {value}")
         elif path not in IGNORED:
-            if above not in SECTIONS:
-                raise ValueError(f"{path} is not a key that is known here")
-            if isinstance(value, list) and any(type(v) not in (int, str) for v in value):  # OmegaConf lets them pass
-                raise ValueError(f"{path} must be a list of whole numbers, or of words (in quotes: yes, no, on, off)")
+            _require(above in SECTIONS, f"{path} is not a key that is known here")
+            kinds = {*map(type, value)} if isinstance(value, list) else set()  # OmegaConf would let others pass
+            _require(kinds <= {int, str}, f"{path} lists whole numbers, or words, with quotes round on, off, yes, no")
             yield SECTIONS[above], path, value
 
 
 def _check(config: Config) -> None:
     """Raises ValueError for sizes out of range and for settings that contradict each other."""
-    unet, vae, text, diffusion, sampling = config.unet, config.vae, config.text, config.diffusion, config.sampling
-    for name in dict.fromkeys(SECTIONS.values()):
-        for key, value in vars(getattr(config, name)).items():
-            counts = value if isinstance(value, list) else [value]
+    unet, vae, text, diffusion = config.unet, config.vae, config.text, config.diffusion
+    for section in dict.fromkeys(SECTIONS.values()):
+        for key, value in vars(getattr(config, section)).items():
             least, most = int(not key.endswith("_token_id")), LARGEST.get(key, 2**20)
-            if any(isinstance(n, int) and not least <= n <= most for n in counts):
-                raise ValueError(f"{name}: {key}: every size and count must be from {least} to {most}, not {value}")
-    num_downsamples = len(unet.channel_mult) + len(vae.ch_mult) - 2
-    for holds, rule in (
-        (1 <= len(unet.channel_mult) <= 16 and 1 <= len(vae.ch_mult) <= 16, "channel_mult, ch_mult: 1 to 16 levels"),
-        (unet.in_channels in (4, 8), f"unet: in_channels must be 8 or 4, not {unet.in_channels}"),
-        (unet.context_dim == text.hidden_size, "unet: context_dim must equal text_config's hidden_size"),
-        (unet.model_channels % 2 == 0, "unet: model_channels must be even"),
-        (
-            not any(m * unet.model_channels % unet.num_heads for m in unet.channel_mult),
-            "unet: every width must be a multiple of num_heads",
-        ),
-        (
-            diffusion.channels == vae.embed_dim == vae.z_channels == unet.out_channels,
-            "channels, embed_dim, z_channels and out_channels must be the same number",
-        ),
-        (text.hidden_act in ("quick_gelu", "gelu"), "text: hidden_act must be quick_gelu or gelu"),
-        (
-            max(text.bos_token_id, text.eos_token_id, text.pad_token_id, len(text.words or ()) - 1) < text.vocab_size,
-            "text: vocab_size must exceed every token id",
-        ),
-        (diffusion.timesteps >= 2, "timesteps must be at least 2"),
-        (0 < diffusion.linear_start < diffusion.linear_end < 1, "0 < linear_start < linear_end < 1 must hold"),
-        (0 < diffusion.scale_factor < float("inf"), "scale_factor must be positive"),
-        (
-            sampling.multiple % 2**num_downsamples == 0,
-            f"sampling: multiple must be a multiple of {2**num_downsamples}, the factor of all downsampling",
-        ),
-    ):
-        if not holds:
-            raise ValueError(rule)
+            for n in value if isinstance(value, list) else [value]:
+                wrong = isinstance(n, int) and not least <= n <= most
+                _require(not wrong, f"{section}: {key} must be from {least} to {most}, not {n}")
+    for levels in (unet.channel_mult, vae.ch_mult):
+        _require(1 <= len(levels) <= 16, "channel_mult and ch_mult must have 1 to 16 levels")
+    channels = {diffusion.channels, vae.embed_dim, vae.z_channels, unet.out_channels}
+    _require(len(channels) == 1, "channels, embed_dim, z_channels and out_channels must be the same number")
+    _require(unet.in_channels in (4, 8), f"unet: in_channels must be 8 or 4, not {unet.in_channels}")
+    _require(unet.context_dim == text.hidden_size, "unet: context_dim must equal text_config's hidden_size")
+    _require(unet.model_channels % 2 == 0, "unet: model_channels must be even")
+    for width in (mult * unet.model_channels for mult in unet.channel_mult):
+        _require(width % unet.num_heads == 0, "unet: every width must be a multiple of num_heads")
+    _require(text.hidden_act in ("quick_gelu", "gelu"), "text: hidden_act must be quick_gelu or gelu")
+    tokens = max(text.bos_token_id, text.eos_token_id, text.pad_token_id, len(text.words or ()) - 1)
+    _require(tokens < text.vocab_size, f"text: vocab_size must exceed every token's number, {tokens} too")
+    _require(diffusion.timesteps >= 2, "timesteps must be at least 2")
+    _require(0 < diffusion.linear_start < diffusion.linear_end < 1, "0 < linear_start < linear_end < 1 must hold")
+    _require(0 < diffusion.scale_factor < float("inf"), "scale_factor must be positive and finite")
+    factor = 2 ** (len(unet.channel_mult) + len(vae.ch_mult) - 2)
+    downsampled = f"sampling: multiple must be a multiple of {factor}, since the networks downsample by that factor"
+    _require(config.sampling.multiple % factor == 0, downsampled)
+
+
+def _require(holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(rule)

@@ -105,14 +105,12 @@ class Editor:
         z_img: (B or 1, 4, h, w), unscaled; cond, uncond: (B or 1, 77, D), of the instruction and of "", the null text.
         A scale may be a map that broadcasts over the latent.
         """
-        null, no_picture = uncond, torch.zeros_like(z_img)
-        seen, told = [z_img, z_img, no_picture], [cond, null, null]  # the three branches
-        return guide(*self.branches([x, x, x], sigma, seen, told), text_scale, image_scale)
+        no_picture, null = torch.zeros_like(z_img), uncond
+        cond, img_cond, uncond = self.branches([x, x, x], sigma, [z_img, z_img, no_picture], [cond, null, null])
+        return guide(cond, img_cond, uncond, text_scale, image_scale)
 
     @torch.no_grad()
-    def branches(
-        self, x: Sequence[Tensor], sigma: Scale, seen: Sequence[Tensor], told: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def branches(self, x: list[Tensor], sigma: Scale, seen: list[Tensor], told: list[Tensor]) -> list[Tensor]:
         """What the UNet predicts in k branches, which differ in what they see and are told, as one batch of kB rows.
 
         x: k times (B, 4, h, w); seen: k image latents (B or 1, 4, h, w); told: k contexts (B or 1, 77, D); sigma: a
@@ -120,8 +118,9 @@ class Editor:
         """
         k, b = len(x), len(x[0])
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu").expand(b)
-        t = sampling.sigma_to_t(sigma, self.log_sigmas).float().to(self.device)
-        sigma = sigma.float().to(self.device)[:, None, None, None]
+        unblocked = self.device.type == "cuda"  # the host need not wait for the device to have them
+        t = sampling.sigma_to_t(sigma, self.log_sigmas).float().to(self.device, non_blocking=unblocked)
+        sigma = sigma.float().to(self.device, non_blocking=unblocked)[:, None, None, None]
         z_t = [y / (sigma**2 + 1).sqrt() for y in x]
         stacked = torch.cat([torch.cat([z, z_img.expand_as(z)], dim=1) for z, z_img in zip(z_t, seen)])  # (kB, 8, h, w)
         context = torch.cat([c.expand(b, -1, -1) for c in told])

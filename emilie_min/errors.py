@@ -54,16 +54,21 @@ def printable(text: object, limit: int = 500) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def first_line(error: Exception, last: bool = False) -> str:
+    """What an exception says, in a line (its first, or its `last`), or its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1 if last else 0].strip()
+
+
 @contextmanager
 def explain_oom(where_and_what: str) -> Iterator[None]:
     """Say what to lower where memory does not suffice, on a GPU or on the CPU. Raises EmilieError."""
     try:
         yield
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         import torch
 
         cuda = isinstance(error, torch.cuda.OutOfMemoryError)
-        if not cuda and "can't allocate memory" not in str(error):
+        if not (cuda or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
             raise
         raise EmilieError(
             f"out of {'CUDA ' if cuda else ''}memory {where_and_what}, use --dtype float16, or close what else uses it"

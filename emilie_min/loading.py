@@ -1,18 +1,16 @@
 """From a weight file to an `Editor`: which config, which device, and networks built without initialising them."""
 
+import os
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from .checkpoint import reading
-from .config import BUILT_IN, Config, load_config
+from .checkpoint.networks import build
+from .config import BUILT_IN, TOKENIZER_FILES, load_config
 from .emilie import Editor
-from .errors import CheckpointError, ConfigError, EmilieError, TokenizerError, explain_oom, printable
+from .errors import CheckpointError, EmilieError, TokenizerError, explain_oom, first_line, printable
 from .faster.half import HalfAutoencoderKL
-from .text import TOKENIZER_FILES, TextEncoder
-from .unet import UNetModel
-from .vae import AutoencoderKL
 
 
 def load(
@@ -21,20 +19,25 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     tokenizer: str | Path | None = None,
-    compile: bool = False,
+    compile: bool | None = False,
     low_memory: bool = False,
-) -> "Editor":
+    plain: bool = False,
+) -> Editor:
     """Networks from a file, ready to edit.
 
     weights: None = the small model that ships, a .ckpt or .safetensors path, or "random"; config: one of
     `config.BUILT_IN`, a YAML path, or None = told by the file's tensors; device, dtype: None = CUDA in float16 if there
-    is one, else CPU in float32; tokenizer: a folder with CLIP's vocab.json and merges.txt; compile: the fast path,
-    the same results to rounding, see `faster.fast`; low_memory: slower, see `faster.low_memory`.
+    is one, else CPU in float32; tokenizer: a folder with CLIP's vocab.json and merges.txt.
+
+    Three ways give the same results to rounding. On CUDA the default replays the network's calls as CUDA graphs, see
+    `faster.graph`; compile: on CUDA torch.compile first, which takes its time once, see `faster.compile`, on a CPU a
+    faster forward pass that needs no compiler, see `faster.fast`, None: that on a CPU alone, as the command does;
+    low_memory: slower, see `faster.low_memory`. plain: none of these, every step as `emilie.py` and `unet.py` read.
     Raises CheckpointError, ConfigError.
     """
-    if tokenizer and not all((Path(tokenizer) / name).is_file() for name in TOKENIZER_FILES):
-        raise TokenizerError(f"{tokenizer} does not hold {' and '.join(TOKENIZER_FILES)}")
-    device = _device(device)
+    if tokenizer and not all(os.path.isfile(Path(tokenizer) / name) for name in TOKENIZER_FILES):
+        raise TokenizerError(f"{printable(tokenizer)} does not hold {' and '.join(TOKENIZER_FILES)}")
+    device = pick_device(device)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     elif isinstance(dtype, str):
@@ -43,62 +46,59 @@ def load(
         dtype = getattr(torch, dtype)
     if compile and low_memory:
         raise EmilieError("compile needs the networks where low_memory does not leave them: choose one")
+    if plain and (compile or low_memory):
+        raise EmilieError("plain is the network without compile and low_memory: choose one")
+    if compile and device.type not in ("cuda", "cpu"):
+        raise EmilieError(f"compile is for CUDA and the CPU, and this is {device}: leave it out")
     held = (device, dtype)
     if low_memory:
         held = ("cpu", torch.float16 if (device.type, dtype) == ("cpu", torch.float32) else dtype)
     folders = weights_folders()
     weights = shipped("toy.safetensors") if weights is None else weights
 
-    entries = None
     if weights == "random":
         config = config or "toy"
     else:
         entries = reading.index(weights)
+        config = config or reading.detect_config(entries)
         if config is None:
-            config = reading.fits(entries)
-            if config is None:
-                raise CheckpointError(f"{weights} is {reading.describe(entries)}")
-    name, config = str(config), load_config(config)
+            raise CheckpointError(f"{weights} is {reading.explain_unknown(entries)}")
+    config = load_config(config)
     tokenizers = ([Path(tokenizer)] if tokenizer else []) + [f / sub for f in folders for sub in ("tokenizer", ".")]
+    drawn_on = device if weights == "random" else torch.device("meta")
     with explain_oom("while the weights were loaded"):
-        with torch.device("cpu" if weights == "random" else "meta"), torch.random.fork_rng(devices=[]):
+        with drawn_on, torch.random.fork_rng(devices=[drawn_on] if drawn_on.type == "cuda" else []):
             torch.manual_seed(0)  # for "random"; nothing is drawn on the meta device
             networks = build(config, tuple(tokenizers))
             if dtype != torch.float32:
                 networks["vae"] = HalfAutoencoderKL(config.vae)
         if weights == "random":
-            report = reading.Report("random")
+            family = "random"
             for network in networks.values():
                 network.to(*held).requires_grad_(False).eval()
         else:
-            report = reading.load(networks, weights, *held, entries)
-    model = f"{name if name in BUILT_IN else Path(name).stem}/{Path(weights).name}"
-    kind = Editor
-    if compile:
-        from .faster.fast import FastEditor as kind
-    elif low_memory:
-        from .faster.low_memory import LowMemoryEditor as kind
-    return kind(config, **networks, device=device, dtype=dtype, model=model, family=report.family)
+            family = reading.load(networks, weights, *held, entries).family
+    model = f"{config.name if config.name in BUILT_IN else Path(config.name).stem}/{Path(weights).name}"
+    kind = Editor if plain else editor_class(device, compile, low_memory)
+    return kind(config, **networks, device=device, dtype=dtype, model=model, family=family)
 
 
-def build(config: Config, tokenizer_folders: tuple[str | Path, ...] = ()) -> dict[str, nn.Module]:
-    """The three networks of a config: "unet", "vae", "text". Under `torch.device("meta")` they take no memory.
+def editor_class(device: torch.device, compile: bool | None, low_memory: bool) -> type[Editor]:
+    """How an editor on a device computes: see `load`."""
+    if low_memory:
+        from .faster.low_memory import LowMemoryEditor
 
-    Raises ConfigError, with PyTorch's reason, for sizes of which no network can be built.
-    """
-    try:
-        part = "unet"
-        unet = UNetModel(config.unet)
-        part = "vae"
-        vae = AutoencoderKL(config.vae)
-        part = "text"
-        text = TextEncoder(config.text, tokenizer_folders)
-    except Exception as error:  # of whatever layer it is
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-        raise ConfigError(printable(f"config {config.name}: {part}: no network has these sizes: {reason}")) from error
-    return {"unet": unet, "vae": vae, "text": text}
+        return LowMemoryEditor
+    if device.type == "cuda":
+        from .faster.compile import CompiledEditor
+        from .faster.graph import GraphEditor
+
+        return CompiledEditor if compile else GraphEditor
+    if device.type == "cpu" and compile is not False:
+        from .faster.fast import FastEditor
+
+        return FastEditor
+    return Editor
 
 
 def weights_folders() -> list[Path]:
@@ -113,13 +113,14 @@ def shipped(name: str) -> Path:
     return next((path for path in paths if path.is_file()), paths[0])
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """A device by name, None: CUDA if there is one, else the CPU. Raises EmilieError for one that is not here."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0][:120]
-        raise EmilieError(f"device {device} cannot be used here: {reason}") from error
-    return device
+        picked = torch.device(device)
+        torch.zeros(1, device=picked).item()
+    except Exception as error:  # each kind of device has its own way to be absent
+        reason = printable(first_line(error).partition(". ")[0], 120)
+        raise EmilieError(f"device {printable(device, 80)} cannot be used here: {reason}") from error
+    return picked

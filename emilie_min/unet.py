@@ -170,7 +170,7 @@ class Upsample(nn.Module):
 class TimestepEmbedSequential(nn.Sequential):
     """A sequence that hands the timestep's embedding and the text to the layers that want them."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -200,7 +200,8 @@ class UNetModel(nn.Module):
 
         self.time_embed = nn.Sequential(nn.Linear(c, emb), nn.SiLU(), nn.Linear(emb, emb))
 
-        blocks, skips, ch = [[nn.Conv2d(config.in_channels, c, 3, padding=1)]], [c], c
+        blocks: list[list[nn.Module]] = [[nn.Conv2d(config.in_channels, c, 3, padding=1)]]
+        skips, ch = [c], c
         for level, mult in enumerate(config.channel_mult):
             for _ in range(config.num_res_blocks):
                 blocks.append([res(ch, mult * c), *attend(mult * c, level)])
@@ -230,12 +231,12 @@ class UNetModel(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """x: (B, 8, h, w) or (B, 4, h, w), t: (B,) timesteps in [0, 999], context: (B, 77, D) -> eps (B, 4, h, w).
 
-        Raises ImageError where a side of the latent cannot be halved `num_downsamples` times.
+        Raises ImageError where a side of the latent cannot be halved as often as the UNet does.
         """
-        if x.shape[-2] % 2**self.num_downsamples or x.shape[-1] % 2**self.num_downsamples:
+        height, width, n = *x.shape[-2:], 2**self.num_downsamples
+        if height % n or width % n:
             raise ImageError(
-                f"a latent of {x.shape[-2]}x{x.shape[-1]} does not fit this UNet: it halves and doubles each side "
-                f"{self.num_downsamples} times, so both must be multiples of {2**self.num_downsamples}"
+                f"a latent of {height}x{width} does not fit this UNet: give sides that are multiples of {n}"
             )
         emb = self.time_embed(timestep_embedding(t, self.model_channels).to(x.dtype))
         skips = []

@@ -4,6 +4,8 @@ Attribute paths are the released checkpoint's keys below `first_stage_model.`. L
 that brings them to unit variance for diffusion, 0.18215 in the released model, is the caller's.
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -69,12 +71,15 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def middle(channels: int, groups: int) -> nn.Module:
-    mid = nn.Module()
-    mid.block_1 = ResnetBlock(channels, channels, groups)
-    mid.attn_1 = AttnBlock(channels, groups)
-    mid.block_2 = ResnetBlock(channels, channels, groups)
-    return mid
+class Middle(nn.Module):
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C, h, w)
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Encoder(nn.Module):
@@ -84,7 +89,8 @@ class Encoder(nn.Module):
         super().__init__()
         c, groups = config.ch, config.num_groups
         self.conv_in = nn.Conv2d(3, c, 3, padding=1)
-        self.down, channels = nn.ModuleList(), c
+        self.down: Any = nn.ModuleList()  # of levels, whose parts have names
+        channels = c
         for i, mult in enumerate(config.ch_mult):
             level = nn.Module()
             level.block = nn.ModuleList()
@@ -94,7 +100,7 @@ class Encoder(nn.Module):
             if i < len(config.ch_mult) - 1:
                 level.downsample = Downsample(channels)
             self.down.append(level)
-        self.mid = middle(channels, groups)
+        self.mid = Middle(channels, groups)
         self.norm_out = norm(channels, groups)
         self.conv_out = nn.Conv2d(channels, 2 * config.z_channels, 3, padding=1)
 
@@ -105,7 +111,7 @@ class Encoder(nn.Module):
                 h = block(h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        h = self.mid(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -117,7 +123,7 @@ class Decoder(nn.Module):
         c, groups = config.ch, config.num_groups
         channels = config.ch_mult[-1] * c
         self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
-        self.mid = middle(channels, groups)
+        self.mid = Middle(channels, groups)
         levels = []
         for i, mult in reversed(list(enumerate(config.ch_mult))):
             level = nn.Module()
@@ -128,13 +134,12 @@ class Decoder(nn.Module):
             if i > 0:
                 level.upsample = Upsample(channels)
             levels.append(level)
-        self.up = nn.ModuleList(reversed(levels))
+        self.up: Any = nn.ModuleList(reversed(levels))
         self.norm_out = norm(channels, groups)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:  # (B, 4, h, w) -> (B, 3, 8h, 8w)
-        h = self.conv_in(z)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             for block in level.block:
                 h = block(h)
@@ -160,9 +165,9 @@ class AutoencoderKL(nn.Module):
         Raises ImageError where a side is no multiple of the autoencoder's factor.
         """
         if image.shape[-2] % self.factor or image.shape[-1] % self.factor:
+            size = f"{image.shape[-1]}x{image.shape[-2]} px"
             raise ImageError(
-                f"an image of {image.shape[-1]}x{image.shape[-2]} px does not fit this autoencoder: "
-                f"both sides must be multiples of {self.factor}"
+                f"an image of {size} does not fit this autoencoder: give sides that are multiples of {self.factor}"
             )
         return self.quant_conv(self.encoder(image)).chunk(2, dim=1)
 

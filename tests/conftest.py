@@ -8,7 +8,8 @@ from pseudo import DATA, manifest, state_dict, write_ckpt
 from safetensors.torch import load_file
 
 import emilie_min as emilie
-from emilie_min.checkpoint import files, reading
+from emilie_min.checkpoint import reading
+from emilie_min.checkpoint.networks import meta_networks
 from emilie_min.config import load_config
 from emilie_min.emilie import Editor
 from emilie_min.toy import world
@@ -55,7 +56,7 @@ def small_ckpt(small_state, tmp_path_factory):
 @pytest.fixture(scope="session")
 def networks(small_config, small_ckpt):
     """The small model's networks, EMA weights, float32; shared by all tests, so not to be changed."""
-    networks = files.meta_networks(small_config)
+    networks = meta_networks(small_config)
     reading.load(networks, small_ckpt, "cpu", torch.float32)
     return networks
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import BenchError
+from ..errors import BenchError, printable
 
 
 def add_commands(bench: argparse.ArgumentParser, add_model_options: Callable) -> None:
@@ -95,23 +95,10 @@ def run_run(args: argparse.Namespace) -> None:
     try:
         seeds = [int(seed) for seed in names(args.seeds)]
     except ValueError:
-        raise BenchError(f"--seeds {args.seeds}: give whole numbers, as in 0,1,2") from None
-    if not seeds or not names(args.methods):
-        raise BenchError("--seeds and --methods need at least one each")
-    done = run.run(
-        args.folder,
-        names(args.methods),
-        args.out,
-        seeds,
-        args.weights,
-        args.captions_weights,
-        device,
-        args.dtype,
-        args.tokenizer,
-        shard,
-        steps=args.steps,
-        prompt=args.prompt,
-    )
+        raise BenchError(f"--seeds {printable(args.seeds, 60)}: give whole numbers, as in 0,1,2") from None
+    models = run.Models(args.weights, args.captions_weights, args.config, device, args.dtype, args.tokenizer)
+    common = {"steps": args.steps, "prompt": args.prompt}
+    done = run.run(args.folder, names(args.methods), args.out, seeds, models, shard, **common)
     missing, failed = run.state(done)
     print(f"{args.out}: {missing} edits missing, {failed} failed" if missing or failed else f"{args.out}: complete")
 
@@ -136,7 +123,7 @@ def run_report(args: argparse.Namespace) -> None:
     page = report.report(
         done, args.out, args.clip, args.blip, args.lpips, grids=args.grids, device=args.device or "cpu"
     )
-    print(f"wrote {page}, and its tables beside it as .md and .csv")
+    print(f"wrote {page}, and beside it report.md and metrics.csv")
 
 
 def run_study(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -36,18 +36,24 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..errors import BenchError, EmilieError
+from ..errors import BenchError, EmilieError, printable
 from ..toy import world
+from .io import fault, quote
 
 FILE = "bench.jsonl"
-MOST = 20  # faults named in one error
+MOST = 20  # lines with a fault that are named in one error
+PICTURES = ("image", "mask", "region", "target")
+TURN = {
+    "instruction": str, "mask?": str, "caption?": str, "region?": str, "target?": str, "truth?": dict
+}  # fmt: skip
+ITEM = {"id": str, "image": str, "turns": [TURN], "caption?": str, "truth?": dict, "meta?": dict}
 ID = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.-]+")  # a file name everywhere
 
 KINDS = {"imie": 4, "drift": 16}  # of benchmark to `make`, and their turns
 FIRST = 2 * 10**6  # the first scene's seed: training begins at 10**9, `toy-eval` at 10**6 and uses some hundreds
 SCENES = 10**4  # at most, so that no two seeds share a scene
 
-Picture = Path | Image.Image  # a path in what was read; either in what is to be written
+Picture = Path | Image.Image  # a path in what was read; either in what is to be written or measured
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Item:
 
 
 def read(folder: str | Path) -> list[Item]:
-    """The items of a benchmark, paths absolute; no picture is opened. Raises BenchError with all that is wrong."""
+    """The items of a benchmark, paths absolute; no picture is opened. BenchError names each line's first fault."""
     return _load(folder)
 
 
@@ -104,108 +110,68 @@ def _load(folder: str | Path, opened: bool = False) -> list[Item]:
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines, which breaks instructions at U+2028
         if not line.strip():
             continue
-        at, before = f"{path}:{number}", len(faults)
-        item = _item(line, folder, at, faults)
-        if item and lines.setdefault(item.id, number) != number:
-            faults.append(f"{at}: the id {item.id!r} is that of line {lines[item.id]} too: give each item its own")
-        if len(faults) == before:
-            items.append(item)
+        try:
+            item = _item(line, folder)
+            if lines.setdefault(item.id, number) != number:
+                raise ValueError(f"the id {item.id!r} is that of line {lines[item.id]} too: give each item its own")
             if opened:
-                _open(item, at, faults)
-    if not items and not faults:
-        raise BenchError(f"{path} has no items: write one a line")
+                _open(item)
+            items.append(item)
+        except ValueError as error:  # all EmilieErrors are
+            faults.append(f"{path}:{number}: {printable(error)}")
     if faults:
         more = [f"... and {len(faults) - MOST} more"] if len(faults) > MOST else []
         raise BenchError("\n".join(faults[:MOST] + more))
+    if not items:
+        raise BenchError(f"{path} has no items: write one a line")
     return items
 
 
-def _item(line: str, folder: Path, at: str, faults: list[str]) -> Item | None:
-    """The item that a line describes; what is wrong with it is added to `faults`."""
+def _item(line: str, folder: Path) -> Item:
+    """The item that a line describes. Raises ValueError with the first thing that is wrong."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         why = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
-        faults.append(f"{at}: not valid JSON ({why}): one item stands on one line")
-        return None
-    file = partial(_file, folder)
-    turn = {"instruction": _text, "mask": file, "caption": _text, "region": file, "target": file, "truth": _scene}
-
-    def turns(value: object) -> tuple[Turn, ...]:
-        if not isinstance(value, list) or not value:
-            raise ValueError("must be a list of one or more edits")
-        before, found = len(faults), []
-        for i, entry in enumerate(value, 1):
-            found.append(_fields(entry, turn, ("instruction",), f"{at}: turn {i}", faults))
-        return tuple(Turn(**fields) for fields in found) if len(faults) == before else ()
-
-    item = {"id": _id, "image": file, "turns": turns, "caption": _text, "truth": _scene, "meta": _meta}
-    before = len(faults)
-    fields = _fields(record, item, ("id", "image", "turns"), at, faults)
-    return Item(**fields) if len(faults) == before else None
+        raise ValueError(f"not valid JSON ({why}): one item stands on one line") from None
+    if found := fault(record, ITEM):
+        raise ValueError(found)
+    if not ID.fullmatch(record["id"]):
+        raise ValueError(f"id must be of letters, digits, _, - and ., not {quote(record['id'])}")
+    turns = [Turn(**_values(turn, TURN, folder, f"turns[{i}].")) for i, turn in enumerate(record["turns"])]
+    return Item(**_values(record, ITEM, folder, "") | {"turns": tuple(turns)})
 
 
-def _fields(record: object, known: dict[str, Callable], needed: tuple, at: str, faults: list[str]) -> dict:
-    """The fields of a JSON object, each through its function; null is as good as absent."""
-    if not isinstance(record, dict):
-        faults.append(f"{at}: must be an object, {{...}}, not {_short(record)}")
-        return {}
-    for key in sorted(record.keys() - known.keys()):
-        faults.append(f"{at}: unknown key {key!r}: choose from {', '.join(known)}; notes of your own go into meta")
-    out = {}
-    for key, convert in known.items():
-        if record.get(key) is None:
-            if key in needed:
-                faults.append(f"{at}: {key!r} is missing")
-            continue
-        try:
-            out[key] = convert(record[key])
-        except ValueError as error:
-            faults.append(f"{at}: {key}: {error}")
-    return out
+def _values(record: dict, shape: dict, folder: Path, at: str) -> dict:
+    """An item's or turn's fields: names of files become paths, dictionaries scenes; null is as good as absent."""
+    known, values = [name.removesuffix("?") for name in shape], {}
+    convert = {"truth": _scene, **dict.fromkeys(PICTURES, partial(file_in, folder))}
+    for key, value in record.items():
+        if key not in known:
+            choices = f"choose from {', '.join(known)}; notes of your own go into meta"
+            raise ValueError(f"{at}{printable(key, 60)} is not known here: {choices}")
+        if value is not None:
+            try:
+                if isinstance(value, str):
+                    value.encode()  # half of a surrogate pair, which JSON allows, is a ValueError
+                values[key] = convert[key](value) if key in convert else value
+            except ValueError as error:
+                raise ValueError(f"{at}{key}: {error}") from None
+    return values
 
 
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def file_in(folder: Path, name: str) -> Path:
+    """The path of a file by its name relative to a folder that it lies in. Raises ValueError.
 
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"must be a text, not {_short(value)}")
-    if not value.strip():
-        raise ValueError("is empty: write what is meant, or leave it out where it is not needed")
-    value.encode()  # half of a surrogate pair, which JSON allows, is a ValueError
-    return value
-
-
-def _id(value: object) -> str:
-    if not isinstance(value, str) or not ID.fullmatch(value):
-        raise ValueError(f'must be a text of letters, digits, "_", "-" and ".", not {_short(value)}')
-    return value
-
-
-def _meta(value: object) -> dict:
-    if not isinstance(value, dict):
-        raise ValueError(f"must be an object, {{...}}, not {_short(value)}")
-    return value
-
-
-def _file(folder: Path, value: object) -> Path:
-    """The absolute path of a file inside the folder; ".." is worked out on the name, so links are left alone."""
-    path = inside(folder, _text(value))
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no file {value}: put it there or correct the path")
-    return path
-
-
-def inside(folder: Path, name: str) -> Path:
-    """A relative name as a path in a folder. Raises ValueError where it leaves it."""
+    ".." is worked out on the name, so links are left alone.
+    """
     normal = os.path.normpath(name)
     if "\\" in name:
-        raise ValueError(f'{name!r}: write the path with "/"')
+        raise ValueError(f'{quote(name)}: write the path with "/"')
     if os.path.isabs(normal) or normal.split(os.sep)[0] in (".", ".."):
-        raise ValueError(f"{name!r} lies outside the folder: copy the file into it and give the path relative to it")
+        raise ValueError(f"{quote(name)} lies outside the folder: copy the file into it, give its path relative to it")
+    if not os.path.isfile(folder / normal):
+        raise ValueError(f"there is no file {printable(name, 120)}: put it there or correct the path")
     return folder / normal
 
 
@@ -215,7 +181,7 @@ def _scene(value: object) -> world.Scene:
         scene = world.Scene.from_dict(value)
         places = [o.place for o in scene.objects]
         right = value.keys() == {"ground", "look", "objects"} and len(set(places)) == len(places)
-        right &= scene.ground in world.GROUNDS and scene.look in world.LOOKS
+        right &= scene.background in world.BACKGROUNDS and scene.style in world.STYLES
         for o in scene.objects:
             right &= o.shape in world.SHAPES and o.colour in world.COLOURS
             right &= all(type(d) is int and abs(d) <= world.JITTER for d in (o.dx, o.dy))
@@ -226,27 +192,25 @@ def _scene(value: object) -> world.Scene:
     return scene
 
 
-def _open(item: Item, at: str, faults: list[str]) -> None:
-    """Look at all pictures of an item as a run will."""
+def _open(item: Item) -> None:
+    """Look at all pictures of an item as a run will. Raises ValueError at the first that will not do."""
     from ..canvas import images
 
     size = None
-    for where, entry in [("", item), *((f"turn {i}: ", turn) for i, turn in enumerate(item.turns, 1))]:
-        for part in ("image", "mask", "region", "target"):
+    for where, entry in [("", item), *((f"turns[{i}].", turn) for i, turn in enumerate(item.turns))]:
+        for part in PICTURES:
             path = getattr(entry, part, None)
-            if path is None:
-                continue
             try:
-                if part in ("image", "target"):
+                if path and part in ("image", "target"):
                     found = images.read_image(path).size
-                    size = found if part == "image" else size
-                elif size:
+                    size = size or found
+                elif path:
                     images.read_mask(path, size, size)
             except EmilieError as error:
-                faults.append(f"{at}: {where}{part}: {error}")
-    if size not in (None, (world.SIZE, world.SIZE)) and any(entry.truth for entry in (item, *item.turns)):
-        faults.append(
-            f"{at}: truth: the picture is {size[0]}x{size[1]} px and no picture of the small world: leave it out"
+                raise ValueError(f"{where}{part}: {error}") from error
+    if size != (world.SIZE, world.SIZE) and any(entry.truth for entry in (item, *item.turns)):
+        raise ValueError(
+            f"truth: the picture is {size[0]}x{size[1]} px and no picture of the small world: leave it out"
         )
 
 
@@ -277,7 +241,7 @@ def write(folder: str | Path, items: Iterable[Item]) -> str:
         if folder.exists():
             folder.rmdir()
         unfinished.rename(folder)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise BenchError(f"{folder} cannot be written: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -8,15 +8,16 @@ pixels are left out, so that nothing in them changes a number. Where every pixel
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ..errors import BenchError, ImageError, MaskError
+from ..errors import BenchError, ImageError, MaskError, first_line, printable
 from ..toy import judge, world
+from .data import Turn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,15 +102,12 @@ def l1(a: Picture, b: Picture, mask: Picture | None = None) -> float | None:
 
 
 def psnr(a: Picture, b: Picture, mask: Picture | None = None) -> float | None:
-    """Peak signal-to-noise ratio, dB, `PSNR_CAP` at most; the mean squared error is over the pixels that count.
-
-    `toy.judge.psnr` is the same for 64x64 pictures, without masks, and infinite for identical ones.
-    """
+    """scikit-image's peak signal-to-noise ratio over the pixels that count, dB, `PSNR_CAP` at most."""
     a, b, counts = _pair(a, b, mask)
-    error = _mean(np.square(a - b), counts)
-    if not error:
-        return error if error is None else PSNR_CAP
-    return min(PSNR_CAP, float(10 * np.log10(255**2 / error)))
+    if not counts.any():
+        return None
+    with np.errstate(divide="ignore"):  # of identical ones it is infinite
+        return min(PSNR_CAP, float(_skimage().peak_signal_noise_ratio(a[counts], b[counts], data_range=255)))
 
 
 def ssim(a: Picture, b: Picture, mask: Picture | None = None) -> float | None:
@@ -121,25 +119,19 @@ def ssim(a: Picture, b: Picture, mask: Picture | None = None) -> float | None:
     a, b, counts = _pair(a, b, mask)
     if min(counts.shape) <= 2 * RADIUS:
         raise ImageError(f"SSIM needs pictures of {2 * RADIUS + 1} px a side at least")
-    try:
-        from skimage.metrics import structural_similarity
-    except ImportError as cause:
-        raise BenchError("SSIM needs scikit-image: pip install 'emilie_min[bench]'") from cause
     gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    _, values = structural_similarity(a, b, data_range=255, channel_axis=2, full=True, **gaussian)
+    _, values = _skimage().structural_similarity(a, b, data_range=255, channel_axis=2, full=True, **gaussian)
     touched = Image.fromarray(~counts).convert("L").filter(ImageFilter.MaxFilter(2 * RADIUS + 1))
     inner = (slice(RADIUS, -RADIUS),) * 2
     return _mean(values[inner], np.asarray(touched)[inner] == 0)
 
 
-def drift(first: Picture, images: Sequence[Picture], masks: Sequence[Picture | None] | None = None) -> list[dict]:
-    """{"psnr", "l1"} of the picture after each turn against the first, outside all masks so far.
-
-    masks: one a turn, None = that turn was about the whole picture. Without any, every pixel counts.
-    """
-    shape = _rgb(first).size[::-1]
-    unions = [masks if masks is None else _union(masks[: i + 1], shape) for i in range(len(images))]
-    return [{"psnr": psnr(first, x, union), "l1": l1(first, x, union)} for x, union in zip(images, unions)]
+def _skimage():
+    try:
+        from skimage import metrics
+    except ImportError as cause:
+        raise BenchError("PSNR and SSIM need scikit-image: pip install 'emilie_min[bench]'") from cause
+    return metrics
 
 
 # ---- the small world's truth
@@ -148,7 +140,7 @@ def drift(first: Picture, images: Sequence[Picture], masks: Sequence[Picture | N
 def _facts(scene: world.Scene) -> set[tuple]:
     at = {o.place: (o.shape, o.colour) for o in scene.objects}
     things = {(place, *fact) for place in world.PLACES for fact in enumerate(at.get(place, (None, None)))}
-    return things | {("ground", scene.ground), ("look", scene.look)}
+    return things | {("background", scene.background), ("style", scene.style)}
 
 
 def _shown(image: Picture, truth: world.Scene) -> set[tuple]:
@@ -173,7 +165,7 @@ def world_verdict(image: Picture | None, truths: Sequence[world.Scene], before: 
     correct, edited, kept: by `toy.judge.judge`, of the last truth given the one before it. The truth is what the
     instructions lead to, whatever the picture before was, so an earlier turn's fault is not "kept".
 
-    A scene's facts are its ground, its look, and of each place the shape and the colour, both None where it is empty. A
+    A scene's facts are its background, its style, and each place's shape and colour, both None where it is empty. A
     turn's change is the facts that are new in its truth; of these stand those that no later turn changed, were it back
     again. A change shows if all of it that stands is what `toy.judge.read` sees, clean or not, within its TOLERANCE.
     retained: of the turns so far, this one included, of whose change something stands, the share whose change shows.
@@ -201,37 +193,28 @@ def world_verdict(image: Picture | None, truths: Sequence[world.Scene], before: 
 # ---- scores by pretrained networks, each loaded when its scorer is made
 
 
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
 def _load(name: str | Path, model: str, processor: str, device: str) -> tuple:
     """(network, image processor, tokenizer): from a folder; by a hub's name from its cache, else by a download.
 
     The image processor is the one for PIL pictures, whether torchvision is there or not. Raises BenchError.
     """
     import transformers
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import snapshot_download
     from transformers.utils import logging
 
-    from ..loading import _device
+    from ..loading import pick_device
 
-    device = _device(device)
-    folder, verbosity = Path(name).is_dir(), logging.get_verbosity()
-    try:
-        cached = folder or try_to_load_from_cache(str(name), "config.json")  # a path, or something else that is none
-    except HFValidationError as cause:
-        raise BenchError(f"no folder {name}: give one with a {model}'s files, or the hub's name of one") from cause
-    snapshot = [Path(cached).parent] if isinstance(cached, str) else []
-    for place in [name] if folder else [*snapshot, name]:
-        where = {"pretrained_model_name_or_path": str(place), "local_files_only": Path(place).is_dir()}
-        logging.set_verbosity_error()  # its page on missing tensors becomes one line below
+    device, folder, verbosity = pick_device(device), Path(name).is_dir(), logging.get_verbosity()
+    kind = getattr(transformers, processor + "Pil", None) or getattr(transformers, processor)  # as in 5.0
+    for local in (True,) if folder else (True, False):
         try:
-            kind = getattr(transformers, model)
-            network, report = kind.from_pretrained(**where, dtype="float32", output_loading_info=True)
-            kind = getattr(transformers, processor + "Pil", None) or getattr(transformers, processor)  # as in 5.0
-            helpers = kind.from_pretrained(**where), transformers.AutoTokenizer.from_pretrained(**where)
+            logging.set_verbosity_error()  # its page on missing tensors becomes one line below
+            place = snapshot_download(name, local_files_only=True) if local and not folder else str(name)
+            where = {"pretrained_model_name_or_path": place, "local_files_only": local}
+            network, report = getattr(transformers, model).from_pretrained(
+                **where, dtype="float32", output_loading_info=True
+            )
+            images, tokenizer = kind.from_pretrained(**where), transformers.AutoTokenizer.from_pretrained(**where)
             break
         except Exception as error:  # of whatever type its files or the network provoke
             cause = error
@@ -240,12 +223,12 @@ def _load(name: str | Path, model: str, processor: str, device: str) -> tuple:
     else:
         what = "is neither a folder nor in the hub's cache, and cannot be downloaded: give a folder, or go online"
         what = f"does not hold a {model} with tokenizer and image processor: copy all its files" if folder else what
-        raise BenchError(f"{name} {what} ({_line(cause)})") from cause
+        raise BenchError(f"{name} {what} ({printable(first_line(cause), 160)})") from cause
     if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
         raise BenchError(f"{name} is not a {model}: it lacks {len(missing)} tensors, such as {missing[0]}")
-    if len(helpers[1]) < network.config.text_config.vocab_size / 2:  # without its files it would come empty
+    if len(tokenizer) < network.config.text_config.vocab_size / 2:  # without its files it would come empty
         raise BenchError(f"{name} lacks its tokenizer: copy tokenizer.json, or the vocabulary and merges, too")
-    return network.eval().to(device), *helpers
+    return network.eval().to(device), images, tokenizer
 
 
 class ClipScorer:
@@ -288,8 +271,7 @@ class ClipScorer:
         for batch in (new[i : i + BATCH] for i in range(0, len(new), BATCH)):
             with torch.no_grad():
                 out = features([inputs[key] for key in batch])
-            out = getattr(out, "pooler_output", out)  # before transformers 5 it was the tensor itself
-            self._known |= zip(batch, torch.nn.functional.normalize(out.float(), dim=-1).cpu())
+            self._known |= zip(batch, torch.nn.functional.normalize(out.pooler_output.float(), dim=-1).cpu())
         return torch.stack([self._known[key] for key in keys])
 
     def clip_score(self, image: Picture, instruction: str) -> float:
@@ -340,9 +322,9 @@ class LpipsScorer:
     """LPIPS (Zhang et al. 2018), AlexNet, version 0.1, by the package `lpips`. Raises BenchError without it."""
 
     def __init__(self, device: str = "cpu"):
-        from ..loading import _device
+        from ..loading import pick_device
 
-        self.device = _device(device)
+        self.device = pick_device(device)
         try:
             from lpips import LPIPS
 
@@ -350,7 +332,7 @@ class LpipsScorer:
         except ImportError as cause:
             raise BenchError("LPIPS needs its package: pip install lpips") from cause
         except Exception as cause:  # its AlexNet is torchvision's, from the network at first
-            raise BenchError(f"LPIPS cannot be loaded, go online once ({_line(cause)})") from cause
+            raise BenchError(f"LPIPS cannot be loaded, go online once ({printable(first_line(cause), 160)})") from cause
 
     def lpips_distance(self, a: Picture, b: Picture, mask: Picture | None = None) -> float | None:
         """The mean of its map over the pixels that count, the others being made the same in both pictures before."""
@@ -363,33 +345,53 @@ class LpipsScorer:
             return _mean(self.net(x, y)[0, 0].cpu().numpy(), counts)
 
 
+class Scorers(NamedTuple):
+    """The networks to score with; None: not asked for."""
+
+    clip: ClipScorer | None = None
+    blip: BlipScorer | None = None
+    lpips: LpipsScorer | None = None
+
+
+NO_SCORERS = Scorers()
+
+
+def load_scorers(clip: str | None, blip: str | None, lpips: bool, device: str = "cpu") -> Scorers:
+    """clip, blip: a folder in the hub's format or a hub's name; BLIP needs CLIP. Raises BenchError."""
+    scorer = ClipScorer(clip, device) if clip else None
+    captioner = BlipScorer(scorer, blip, device) if blip else None
+    return Scorers(scorer, captioner, LpipsScorer(device) if lpips else None)
+
+
 # ---- one turn, and many
 
 
-def measure_turn(
-    before: Picture | None,
-    after: Picture | None,
-    first: Picture,
-    instruction: str,
-    captions: tuple[str | None, str | None] = (None, None),
-    regions: Sequence[Picture | None] = (None,),
-    target: Picture | None = None,
-    truths: Sequence[world.Scene] | None = None,
-    clip: ClipScorer | None = None,
-    blip: BlipScorer | None = None,
-    lpips: LpipsScorer | None = None,
-) -> dict[str, float | bool | None]:
-    """Everything in `METRICS` that can be said of one turn. All pictures have the working size.
+@dataclass(frozen=True)
+class Edit:
+    """One turn of a chain as it is measured. All pictures have the working size."""
 
-    before, after: the picture before and after the turn; after None = the chain has ended with an error: wrong where
-    there is a truth, else None. first: the chain's input. captions: of `before` and of the right result. regions: of
-    each turn so far, where its right result may differ, else its mask; None = anywhere, which leaves nothing outside.
-    target: the right result; by default that of the last truth. truths: the input's scene and one for each turn so
-    far. Keys are absent where their scorer, the target or (were it one) the truths are not given.
+    before: Picture | None
+    after: Picture | None  # None: the chain has ended with an error, so it is wrong where there is a truth
+    first: Picture  # the chain's input
+    turns: Sequence[Turn]  # of the chain so far, this one last; their regions, masks and targets are pictures
+    caption: str | None = None  # of the chain's input
+    truth: world.Scene | None = None  # of the chain's input
+
+
+def measure_turn(edit: Edit, scorers: Scorers = NO_SCORERS) -> dict[str, float | bool | None]:
+    """Everything in `METRICS` that can be said of one turn.
+
+    What lies outside is told by each turn's region, else by its mask; one that has neither leaves nothing outside. The
+    target is the turn's or, without one, its truth's picture. Keys are absent where their scorer, the target or one of
+    the truths is not there; values are None where there is nothing to measure.
     """
-    truths = truths if truths and None not in truths else None
-    out = world_verdict(after, truths, before) if truths else {}
-    target = world.render(truths[-1]) if truths and target is None else target
+    before, after, first, turn = edit.before, edit.after, edit.first, edit.turns[-1]
+    clip, blip, lpips = scorers
+    truths = [edit.truth, *(t.truth for t in edit.turns)]
+    captions = [edit.caption, *(t.caption for t in edit.turns)][-2:]
+    regions = [t.mask if t.region is None else t.region for t in edit.turns]
+    out = {} if None in truths else world_verdict(after, truths, before)
+    target = world.render(truths[-1]) if turn.target is None and None not in truths else turn.target
     shape = _rgb(first).size[::-1]
     region, ever = _union(regions[-1:], shape), _union(regions, shape)
     measures = {
@@ -401,8 +403,8 @@ def measure_turn(
         "lpips_outside": lambda: lpips.lpips_distance(before, after, region),
         "psnr_first": lambda: psnr(first, after, ever),
         "l1_first": lambda: l1(first, after, ever),
-        "clip": lambda: clip.clip_score(after, instruction),
-        "blip": lambda: blip.blip_score(after, instruction),
+        "clip": lambda: clip.clip_score(after, turn.instruction),
+        "blip": lambda: blip.blip_score(after, turn.instruction),
         "direction": lambda: clip.direction_similarity(before, after, *captions) if all(captions) else None,
         "clip_image": lambda: clip.image_similarity(before, after),
     }
@@ -439,9 +441,16 @@ def bootstrap(values_by_item: Values, n: int = 10_000, seed: int = 0) -> Interva
     means = np.array([np.nanmean(row) for row in rows if not np.isnan(row).all()])
     if len(means) < 2:
         return Interval(float(means.mean()) if len(means) else np.nan, np.nan, np.nan, len(means), missing)
-    draws = np.random.default_rng(seed).integers(len(means), size=(n, len(means)))
-    low, high = np.percentile(means[draws].mean(1), (2.5, 97.5))
-    return Interval(float(means.mean()), float(low), float(high), len(means), missing)
+    return Interval(float(means.mean()), *percentiles(np.mean, means, n=n, seed=seed), len(means), missing)
+
+
+def percentiles(statistic: Callable, *samples: np.ndarray, n: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """SciPy's 95% percentile interval of a statistic(*samples, axis) from `n` resamplings, samples drawn in pairs."""
+    from scipy import stats
+
+    options = {"n_resamples": n, "method": "percentile", "paired": len(samples) > 1, "vectorized": True}
+    found = stats.bootstrap(samples, statistic, **options, rng=np.random.default_rng(seed)).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def paired_bootstrap(a_by_item: Values, b_by_item: Values, n: int = 10_000, seed: int = 0) -> Interval:

@@ -5,24 +5,27 @@ are not on this machine: where a layout is other than described, the readers say
 """
 
 import csv
-import inspect
-import json
-import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..errors import BenchError
+from ..errors import BenchError, printable
 from . import data
-from .data import Item, Turn
+from .data import Item, Turn, file_in
+from .io import open_picture, quote, read_json
 
 PARTS = ("natural", "generated")
 PROMPTS = ("mask-simple", "mask-rich", "full")
 POLARITIES = ("white-is-edit", "black-is-edit")
 PIE_SIZE = 512  # px a side of all of PIE-Bench's pictures and masks
+SESSIONS = {...: [{"input": str, "mask": str, "output": str, "instruction": str}]}
+MAPPING = {
+    ...: {"image_path": str, "original_prompt": str, "editing_prompt": str, "editing_instruction": str, "mask": list}
+}
 
 
 def import_(format: str, source: str | Path, folder: str | Path, **options) -> str:
@@ -32,13 +35,7 @@ def import_(format: str, source: str | Path, folder: str | Path, **options) -> s
     """
     if format not in FORMATS:
         raise BenchError(f"no format {format!r}: choose from {', '.join(FORMATS)}")
-    reader = FORMATS[format]
-    try:
-        inspect.signature(reader).bind(source, **options)
-    except TypeError as error:
-        takes = ", ".join(list(inspect.signature(reader).parameters)[1:])
-        raise BenchError(f"{format}: {error}; it takes {takes}") from None
-    return data.write(folder, reader(Path(source), **options))
+    return data.write(folder, FORMATS[format](Path(source), **options))
 
 
 def read_editbench(
@@ -67,14 +64,15 @@ def read_editbench(
     for part in which:
         table = source / f"annotations_{part}.csv"
         for line, row in _rows(table, ("aos", "prompt_full", f"prompt_{prompt}")):
-            at = f"{table}:{line}"
-            name = row["aos"].strip()
-            picture = _file(source, f"references_{part}/{name}.png", at)
-            marked = _picture(_file(source, f"masks_{part}/{name}.png", at)).convert("L")
-            size = _picture(picture).size
-            if marked.size != size:
-                raise BenchError(f"{at}: the mask is {_px(marked.size)} and the picture {_px(size)}: they must agree")
-            mask = (marked if polarity == "white-is-edit" else ImageOps.invert(marked)).point(_half)
+            with located(f"{table}:{line}"):
+                name = row["aos"].strip()
+                picture = file_in(source, f"references_{part}/{name}.png")
+                marked = open_picture(file_in(source, f"masks_{part}/{name}.png")).convert("L")
+                size = open_picture(picture).size
+                if marked.size != size:
+                    raise ValueError(f"the mask is {_px(marked.size)} and the picture {_px(size)}: they must agree")
+            mask = marked if polarity == "white-is-edit" else ImageOps.invert(marked)
+            mask = mask.point(lambda v: 255 if v >= 128 else 0)
             turn = Turn(row[f"prompt_{prompt}"].strip(), mask, row["prompt_full"].strip())
             yield Item(_id(f"{part}_{name}"), picture, (turn,), meta={"from": "EditBench", "aos": name})
 
@@ -94,23 +92,20 @@ def read_magicbrush(source: str | Path, masks: bool = False) -> Iterator[Item]:
     BenchError.
     """
     source = Path(source)
-    path = source / "edit_sessions.json"
-    sessions = _json(path)
-    descriptions = source / "global_descriptions.json"
-    captions = _json(descriptions) if descriptions.exists() else {}
+    path, descriptions = source / "edit_sessions.json", source / "global_descriptions.json"
+    sessions = read_json(path, SESSIONS, "MagicBrush's sessions")
+    captions = read_json(descriptions, {...: dict}, "MagicBrush's captions") if descriptions.exists() else {}
     for session, edits in sessions.items():
-        if not isinstance(edits, list) or not edits:
-            raise BenchError(f"{path}: session {session} must be a list of edits")
-        texts = captions[session] if isinstance(captions.get(session), dict) else {}
-        chains = []
+        texts, chains = captions.get(session, {}), []
         for i, edit in enumerate(edits, 1):
-            at = f"{path}: session {session}, edit {i}"
-            fields = _texts(edit, ("input", "mask", "output", "instruction"), at)
-            picture, mask, output = (_file(source, f"images/{session}/{name}", at) for name in fields[:3])
-            region = _transparent(mask, _picture(picture).size)
-            turn = Turn(fields[3], region if masks else None, texts.get(fields[2]), region, output)
-            if i == 1 or fields[0] != edits[i - 2]["output"]:
-                chains.append((i, picture, texts.get(fields[0]), []))
+            with located(f"{path}: session {quote(session)}, edit {i}"):
+                names = [edit[part] for part in ("input", "mask", "output")]
+                picture, mask, output = (file_in(source, f"images/{session}/{name}") for name in names)
+                region = _transparent(mask, open_picture(picture).size)
+            caption = texts.get(edit["output"])
+            turn = Turn(edit["instruction"].strip(), region if masks else None, caption, region, output)
+            if i == 1 or edit["input"] != edits[i - 2]["output"]:
+                chains.append((i, picture, texts.get(edit["input"]), []))
             chains[-1][-1].append(turn)
         for i, picture, caption, turns in chains:
             name = _id(session if i == 1 else f"{session}_{i}")
@@ -133,21 +128,19 @@ def read_piebench(source: str | Path, masks: bool = False) -> Iterator[Item]:
     """
     source = Path(source)
     path = source / "mapping_file.json"
-    wanted = ("image_path", "original_prompt", "editing_prompt", "editing_instruction")
-    for key, entry in _json(path).items():
-        at = f"{path}: {key}"
-        name, before, after, instruction = _texts(entry, wanted, at)
-        picture = _file(source, f"annotation_images/{name}", at)
-        size = _picture(picture).size
-        if size != (PIE_SIZE, PIE_SIZE):
-            raise BenchError(f"{at}: {name} is {_px(size)}, but PIE-Bench's masks are over {_px((PIE_SIZE, PIE_SIZE))}")
-        mask = _runs(entry.get("mask"), at)
+    for key, entry in read_json(path, MAPPING, "PIE-Bench's mapping file").items():
+        with located(f"{path}: {quote(key)}"):
+            picture = file_in(source, f"annotation_images/{entry['image_path'].strip()}")
+            size, expected = open_picture(picture).size, (PIE_SIZE, PIE_SIZE)
+            if size != expected:
+                raise ValueError(f"{picture.name} is {_px(size)}, but PIE-Bench's masks are over {_px(expected)}")
+            mask = _runs(entry["mask"])
         region = mask.copy()
         region[[0, -1]] = region[:, [0, -1]] = 255
-        before, after = (re.sub(r"[\[\]]", "", prompt) for prompt in (before, after))
+        before, after = (re.sub(r"[\[\]]", "", entry[f"{which}_prompt"].strip()) for which in ("original", "editing"))
         local = not region.all()
         turn = Turn(
-            instruction,
+            entry["editing_instruction"].strip(),
             Image.fromarray(mask) if masks and local and mask.any() else None,
             after,
             Image.fromarray(region) if local else None,
@@ -159,11 +152,19 @@ def read_piebench(source: str | Path, masks: bool = False) -> Iterator[Item]:
 FORMATS = {"editbench": read_editbench, "magicbrush": read_magicbrush, "piebench": read_piebench}
 
 
-def _runs(pairs: object, at: str) -> np.ndarray:
+@contextmanager
+def located(at: str) -> Iterator[None]:
+    """Says in the error of what is wrong with an entry where the entry stands."""
+    try:
+        yield
+    except ValueError as error:
+        raise BenchError(f"{at}: {printable(error)}") from error
+
+
+def _runs(pairs: list) -> np.ndarray:
     """PIE-Bench's runs of pixels as a mask, uint8 (512, 512), 255 in every run."""
-    whole = isinstance(pairs, list) and all(type(n) is int and n >= 0 for n in pairs)
-    if not whole or len(pairs) % 2:
-        raise BenchError(f'{at}: "mask" must be a list of pairs of whole numbers, start and length of each run')
+    if len(pairs) % 2 or not all(type(n) is int and n >= 0 for n in pairs):
+        raise ValueError('"mask" must be a list of pairs of whole numbers, start and length of each run')
     mask = np.zeros(PIE_SIZE * PIE_SIZE, np.uint8)
     for start, length in zip(pairs[::2], pairs[1::2]):
         mask[start : start + length] = 255
@@ -172,15 +173,11 @@ def _runs(pairs: object, at: str) -> np.ndarray:
 
 def _transparent(path: Path, size: tuple[int, int]) -> Image.Image:
     """White where a picture is not opaque, scaled to `size`."""
-    image = _picture(path)
+    image = open_picture(path)
     if not image.has_transparency_data:
-        raise BenchError(f"{path} has no transparency, by which MagicBrush's masks mark what to edit")
+        raise ValueError(f"{path.name} has no transparency, by which MagicBrush's masks mark what to edit")
     alpha = image.convert("RGBA").getchannel("A").point(lambda v: 255 if v < 255 else 0)
     return alpha if alpha.size == size else alpha.resize(size, Image.Resampling.NEAREST)
-
-
-def _half(value: int) -> int:
-    return 255 if value >= 128 else 0
 
 
 def _px(size: tuple[int, int]) -> str:
@@ -191,61 +188,21 @@ def _id(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
 
 
-def _picture(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as file:
-            file.load()
-            return file
-    except Exception as error:  # PIL's plugins raise OSError, SyntaxError, struct.error, ... on broken files
-        raise BenchError(f"{path} cannot be read as a picture: {str(error) or type(error).__name__}") from error
-
-
-def _file(source: Path, name: str, at: str) -> Path:
-    """A file of the benchmark, by a name that its annotations give."""
-    try:
-        path = data.inside(source, name)
-    except ValueError as error:
-        raise BenchError(f"{at}: {error}") from None
-    if not os.path.isfile(path):
-        raise BenchError(f"{at}: there is no file {path}")
-    return path
-
-
-def _json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BenchError(f"{path} cannot be read ({error.strerror}): give the folder that holds it") from error
-    except (ValueError, RecursionError) as error:
-        raise BenchError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict) or not value:
-        raise BenchError(f"{path} must be an object with an entry for each picture")
-    return value
-
-
-def _texts(entry: object, keys: tuple[str, ...], at: str) -> list[str]:
-    """Texts of a JSON object under the given keys."""
-    for key in keys:
-        if not isinstance(entry, dict) or not isinstance(entry.get(key), str) or not entry[key].strip():
-            raise BenchError(f'{at}: "{key}" is missing or no text; expected {", ".join(keys)}')
-    return [entry[key].strip() for key in keys]
-
-
-def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line numbers and rows of a table that has these columns."""
+def _rows(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
+    """Line numbers and rows of a table that has these columns, none of them empty."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file, restval="")
-            missing = [column for column in columns if column not in (table.fieldnames or ())]
-            if missing:
-                raise BenchError(f"{path} has no column {missing[0]!r}, but: {', '.join(table.fieldnames or ['none'])}")
             rows = [(table.line_num, row) for row in table]
-            for line, row in rows:
-                for column in columns:
-                    if not row[column].strip():
-                        raise BenchError(f"{path}:{line}: {column} is empty: fill it in or remove the row")
     except OSError as error:
         raise BenchError(f"{path} cannot be read ({error.strerror}): give the folder that holds it") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise BenchError(f"{path} is no table in UTF-8 with commas: {error}") from error
-    return iter(rows)
+    found = table.fieldnames or ["none"]
+    for column in columns:
+        if column not in found:
+            raise BenchError(f"{path} has no column {column!r}, but: {printable(', '.join(found), 200)}")
+        for line, row in rows:
+            if not row[column].strip():
+                raise BenchError(f"{path}:{line}: {column} is empty: fill it in or remove the row")
+    return rows

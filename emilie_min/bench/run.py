@@ -1,7 +1,7 @@
 """Runs methods over a benchmark folder. Every finished edit is on disk at once, so a killed run goes on where it was.
 
     RUN/run.json                              what was run: methods and settings, seeds, models, versions
-    RUN/edits/METHOD/SEED/ITEM/0.png          the input at working size
+    RUN/edits/METHOD/SEED/ITEM/0.png          the input at working size; SEED is "any" where the method draws nothing
                               /1.png, ...     the picture after each turn
                               /1.safetensors  its latent, where the method has one
                               /1_mask.png     the mask that the edit used, if any
@@ -15,17 +15,32 @@ import hashlib
 import json
 import platform
 import re
-import shutil
 import time
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 from PIL import Image
 
-from ..checkpoint.writing import replacing, write_bytes
-from ..errors import BenchError, EmilieError
+from .. import __version__
+from ..checkpoint.writing import atomic_write, write_bytes, write_tensors
+from ..errors import BenchError, EmilieError, explain_oom, first_line, printable
 from . import data
+from .io import open_picture, quote, read_json
+
+INFO = {  # run.json
+    "bench": str,
+    "bench_sha256": str,
+    "methods": {...: {"class": str, "settings": dict}},
+    "seeds": [int],
+    "models": {...: {"name": str, "sha256": str | None}},
+    "versions": {...: str},
+    "continued_with?": [{...: str}],  # other versions, if any
+    "device": str,
+    "dtype": str,
+}
+TURN = {"seconds": int | float, "notes": dict, "error": str | None}  # 1.json, ...
 
 
 def slug(spec: str) -> str:
@@ -34,12 +49,27 @@ def slug(spec: str) -> str:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Models:
+    """What the methods run on; None: the small models that ship, the best device here, its usual type of numbers."""
+
+    weights: str | Path | None = None  # of the model that follows instructions
+    captions_weights: str | Path | None = None  # of the text-to-image model
+    config: str | Path | None = None  # of `weights`; None: told by them
+    device: str | None = None
+    dtype: str | None = None
+    tokenizer: str | Path | None = None  # CLIP's folder
+
+
+SHIPPED = Models()
+
+
+@dataclass(frozen=True)
+class TurnResult:
     """What became of one turn: a picture, or an error."""
 
     image: Path | None
     mask: Path | None
-    seconds: float | None
+    seconds: float
     error: str | None
     notes: dict
 
@@ -53,7 +83,8 @@ class Run:
     items: list[data.Item]
 
     def folder(self, method: str, seed: int, item: str) -> Path:
-        return self.path / "edits" / slug(method) / str(seed) / item
+        seeded = self.info["methods"][method].get("seeded", True)
+        return self.path / "edits" / slug(method) / (str(seed) if seeded else "any") / item
 
     def only(self, methods: list[str] | None) -> "Run":
         """The run as if it were of these methods alone, in this order; None = all. Raises BenchError."""
@@ -62,46 +93,43 @@ class Run:
             raise BenchError(f"{self.path} has no method {unknown[0]!r}, but: {', '.join(known)}")
         return replace(self, info=self.info | {"methods": {method: known[method] for method in methods or known}})
 
-    def outcome(self, method: str, seed: int, item: str, turn: int) -> Outcome | None:
-        """Of turn 1, 2, ...; None where it has not been run."""
+    def outcome(self, method: str, seed: int, item: str, turn: int) -> TurnResult | None:
+        """Of turn 1, 2, ...; None where it has not been run. Raises BenchError."""
         folder = self.folder(method, seed, item)
-        try:
-            record = json.loads((folder / f"{turn}.json").read_text())
-        except FileNotFoundError:
+        if not (folder / f"{turn}.json").exists():
             return None
-        mask = folder / f"{turn}_mask.png"
-        return Outcome(
-            None if record["error"] else folder / f"{turn}.png",
-            mask if mask.is_file() else None,
-            record["seconds"],
-            record["error"],
-            record["notes"],
-        )
+        record = read_json(folder / f"{turn}.json", TURN, "the record of an edit")
+        mask, error = folder / f"{turn}_mask.png", record["error"] and printable(record["error"])
+        image = None if error else folder / f"{turn}.png"
+        return TurnResult(image, mask if mask.is_file() else None, record["seconds"], error, record["notes"])
 
 
 def read_run(path: str | Path, methods: list[str] | None = None) -> Run:
     """A run's folder and the benchmark that it ran over; methods: only these, in this order. Raises BenchError."""
     path = Path(path)
-    try:
-        info = json.loads((path / "run.json").read_text())
-    except (OSError, ValueError) as error:
-        raise BenchError(f"{path} is no run: `emilie bench run DIR --out {path}` makes one ({error})") from error
+    info = _read_info(path)
     items = data.read(info["bench"])
-    if _sha256(Path(info["bench"]) / "bench.jsonl") != info["bench_sha256"]:
-        raise BenchError(f"{info['bench']} is not what {path} was run over: bench.jsonl has changed since")
+    if _sha256(Path(info["bench"]) / data.FILE) != info["bench_sha256"]:
+        raise BenchError(f"{info['bench']} is not what {path} was run over: {data.FILE} has changed since")
     return Run(path, info, items).only(methods)
+
+
+def _read_info(path: Path) -> dict:
+    info = read_json(path / "run.json", INFO, "what `emilie bench run` writes into a run's folder")
+    for name in (info["bench"], *info["methods"]):
+        if not name.isprintable():
+            raise BenchError(f"{path / 'run.json'} is damaged: it names {quote(name)}")
+    return info
 
 
 def state(run: Run) -> tuple[int, int]:
     """How many edits of a run are missing, and how many chains ended with an error."""
     missing = failed = 0
-    for spec in run.info["methods"]:
-        for seed in run.info["seeds"]:
-            for item in run.items:
-                outcomes = [run.outcome(spec, seed, item.id, turn) for turn in range(1, len(item.turns) + 1)]
-                error = any(outcome and outcome.error for outcome in outcomes)
-                failed += error
-                missing += 0 if error else outcomes.count(None)
+    for spec, seed, item in product(run.info["methods"], run.info["seeds"], run.items):
+        results = [run.outcome(spec, seed, item.id, turn) for turn in range(1, len(item.turns) + 1)]
+        error = any(result and result.error for result in results)
+        failed += error
+        missing += 0 if error else results.count(None)
     return missing, failed
 
 
@@ -110,98 +138,94 @@ def run(
     methods: list[str],
     out: str | Path,
     seeds: list[int] = (0,),
-    weights: str | Path | None = None,
-    captions_weights: str | Path | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    tokenizer: str | Path | None = None,
+    models: Models = SHIPPED,
     shard: tuple[int, int] = (1, 1),
     **common: object,
 ) -> Run:
     """Every method on every item under every seed, or this process's share of it.
 
-    methods: names for `methods.parse`; weights: of the model that follows instructions, None = the small one that
-    ships; captions_weights: of the text-to-image model, likewise; shard: (i, n), the i-th of n processes, from 1.
-    common: settings such as steps or prompt for every method that has them and whose name does not set them.
+    methods: names for `methods.parse`; shard: (i, n), the i-th of n processes, from 1; common: settings such as steps
+    or prompt for every method that has them and whose name does not set them.
     A run that exists is continued, and may be given further methods and seeds. Raises BenchError where it was made
     with other settings; an EmilieError of one edit is recorded and ends its chain.
     """
     from ..methods import parse
 
     items, out = data.read(bench), Path(out)
+    if not methods or not seeds:
+        raise BenchError("a run needs one method and one seed at least")
     if not 1 <= shard[0] <= shard[1]:
         raise BenchError(f"shard {shard[0]}/{shard[1]}: give i/n with i from 1 to n")
     if len({slug(spec) for spec in methods}) < len(methods):
         raise BenchError("two of the methods have the same name")
-    parsed = {}
-    for spec in methods:
-        kind, settings = parse(spec)
+    parsed = {spec: parse(spec) for spec in methods}
+    editors, about = _load({kind.needs for kind, _ in parsed.values()}, models)
+    built = {}
+    for spec, (kind, settings) in parsed.items():
         known = {field.name for field in fields(kind)}
-        parsed[spec] = kind, {k: v for k, v in common.items() if k in known and v is not None} | settings
-    needed = sorted({kind.needs for kind, _ in parsed.values()})
-    editors, models = _load(needed, {"instructions": weights, "captions": captions_weights}, device, dtype, tokenizer)
-    built = {spec: kind(editors[kind.needs], **settings) for spec, (kind, settings) in parsed.items()}
+        shared = {k: v for k, v in common.items() if k in known and v is not None}
+        built[spec] = kind(editors[kind.needs], **shared | settings)
+    editor = next(iter(editors.values()))
     info = {
         "bench": str(Path(bench).resolve()),
-        "bench_sha256": _sha256(Path(bench) / "bench.jsonl"),
+        "bench_sha256": _sha256(Path(bench) / data.FILE),
         "methods": {spec: _settings(method) for spec, method in built.items()},
         "seeds": sorted(set(seeds)),
-        "models": models,
+        "models": about,
         "versions": _versions(),
-        "device": editors[needed[0]].device.type,
-        "dtype": str(editors[needed[0]].dtype).removeprefix("torch."),
+        "device": editor.device.type,
+        "dtype": str(editor.dtype).removeprefix("torch."),
         **common,
     }
-    _record(out, info)
-    chains = [(seed, item) for seed in info["seeds"] for item in items][shard[0] - 1 :: shard[1]]
-    _work(Run(out, info, items), built, chains)
+    chains = list(product(info["seeds"], items))[shard[0] - 1 :: shard[1]]
+    _work(Run(out, _record(out, info), items), built, chains)
     return read_run(out)
 
 
-def _load(needed: list[str], weights: dict, device, dtype, tokenizer) -> tuple[dict, dict]:
+def _load(needed: set[str], models: Models) -> tuple[dict, dict]:
+    """The editors of the roles "instructions" and "captions" that are needed, and what run.json says of each."""
     from .. import loading
-    from ..checkpoint.files import hash_file
+    from ..checkpoint.download import hash_file
 
-    editors, models = {}, {}
-    for role in needed:
-        path = weights[role]
-        if path is None:
-            path = loading.shipped("toy.safetensors" if role == "instructions" else "toy-t2i.safetensors")
-        config = "toy-t2i" if path == "random" and role == "captions" else None
-        editors[role] = loading.load(path, config, device, dtype, tokenizer)
-        digest = None if path == "random" else hash_file(path)
-        models[role] = {"name": editors[role].model, "sha256": digest}
-    return editors, models
+    editors, about = {}, {}
+    for role in sorted(needed):
+        if role == "captions":
+            path, config, default = models.captions_weights, None, "toy-t2i"
+        else:
+            path, config, default = models.weights, models.config, "toy"
+        path = loading.shipped(f"{default}.safetensors") if path is None else path
+        config = default if path == "random" and config is None else config
+        editors[role] = loading.load(path, config, models.device, models.dtype, models.tokenizer)
+        about[role] = {"name": editors[role].model, "sha256": None if path == "random" else hash_file(path)}
+    return editors, about
 
 
-def _record(out: Path, info: dict) -> None:
-    """Write run.json, or add methods and seeds to the one that is there if all else agrees."""
-    path, versions = out / "run.json", info["versions"]
+def _record(out: Path, info: dict) -> dict:
+    """Write run.json, or add methods and seeds to the one that is there if all else agrees; what it says now."""
+    path, info = out / "run.json", json.loads(json.dumps(info))  # as it reads back: of tuples become lists
     out.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        old = json.loads(path.read_text())
-        for role in old["models"].keys() & info["models"].keys():
-            if old["models"][role] != info["models"][role]:
-                raise BenchError(
-                    f"{out} was run with {old['models'][role]['name']}, other weights: choose another --out"
-                )
-        for spec in old["methods"].keys() & info["methods"].keys():
-            if old["methods"][spec] != info["methods"][spec]:
-                raise BenchError(f"{out} has {spec} with other settings: choose another --out")
+        old = _read_info(out)
+        for part in ("models", "methods"):
+            for name in old[part].keys() & info[part].keys():
+                if info[part][name] | old[part][name] != info[part][name]:
+                    raise BenchError(f"{out} was run with other {part} ({name}): choose another --out")
         for key in ("bench_sha256", "device", "dtype"):
             if old[key] != info[key]:
-                raise BenchError(f"{out} was run with another {key} ({old[key]}): choose another --out")
+                raise BenchError(f"{out} was run with another {key} ({quote(old[key])}): choose another --out")
+        versions = [old["versions"], *old.get("continued_with", []), info["versions"]]
+        later = [v for i, v in enumerate(versions) if v not in versions[:i]][1:]
         info = old | {
             "bench": info["bench"],
-            "methods": old["methods"] | info["methods"],
+            "methods": old["methods"] | {k: v for k, v in info["methods"].items() if k not in old["methods"]},
             "seeds": sorted({*old["seeds"], *info["seeds"]}),
             "models": old["models"] | info["models"],
+            **({"continued_with": later} if later else {}),
         }
-        if versions not in (old["versions"], *old.get("continued_with", [])):
-            info["continued_with"] = [*old.get("continued_with", []), versions]
         if info == old:
-            return
+            return info
     write_bytes(json.dumps(info, indent=1).encode(), path)
+    return info
 
 
 def _work(run: Run, methods: dict, chains: list[tuple[int, data.Item]]) -> None:
@@ -219,27 +243,18 @@ def _work(run: Run, methods: dict, chains: list[tuple[int, data.Item]]) -> None:
 def _chain(run: Run, spec: str, method, seed: int, item: data.Item, bar) -> int:
     """All turns of a chain that are not on disk yet. The number of turns that are finished."""
     from ..canvas import images
-    from ..checkpoint.reading import write
-    from ..errors import explain_oom
     from ..methods import Request
 
     folder = run.folder(spec, seed, item.id)
-    if not method.seeded and not folder.exists():  # what another seed gave is what this one would give
-        for other in (run.folder(spec, other, item.id) for other in run.info["seeds"]):
-            if (other / f"{len(item.turns)}.json").exists():
-                shutil.copytree(other, folder.with_name(f".{item.id}.partial"), dirs_exist_ok=True)
-                folder.with_name(f".{item.id}.partial").rename(folder)
-                break
     folder.mkdir(parents=True, exist_ok=True)
-    outcomes = [run.outcome(spec, seed, item.id, turn) for turn in range(1, len(item.turns) + 1)]
-    finished = next((i for i, outcome in enumerate(outcomes) if outcome is None or outcome.error), len(outcomes))
+    results = [run.outcome(spec, seed, item.id, turn) for turn in range(1, len(item.turns) + 1)]
+    finished = next((i for i, result in enumerate(results) if result is None or result.error), len(results))
     bar.update(finished)
-    if finished == len(outcomes):
+    if finished == len(results):
         return finished
     chain = method.open(item.image, seed)
-    requests, before = [], item.caption
+    requests, before, size = [], item.caption, chain.original.size
     for turn in item.turns:
-        size = chain.original.size
         mask = None if turn.mask is None else images.read_mask(turn.mask, size, size)
         requests.append(Request(turn.instruction, mask, turn.caption, before))
         before = turn.caption
@@ -253,20 +268,17 @@ def _chain(run: Run, spec: str, method, seed: int, item: data.Item, bar) -> int:
             with explain_oom(f"in {spec}: lower the config's resolution"):
                 chain = method.edit(chain, request)
         except EmilieError as e:
-            error = str(e)
+            error = printable(first_line(e))
             bar.write(f"{spec}, item {item.id}, seed {seed}, turn {i}: {error}")
-        else:
+        seconds = round(time.perf_counter() - started, 4)
+        if not error:
             _save_image(chain.image, folder / f"{i}.png")
             if chain.latent is not None:
-                write({"latent": chain.latent}, folder / f"{i}.safetensors", {})
+                write_tensors({"latent": chain.latent}, folder / f"{i}.safetensors", {})
             if chain.mask is not None:
                 _save_image(chain.mask, folder / f"{i}_mask.png")
-        record = {
-            "instruction": request.instruction,
-            "seconds": round(time.perf_counter() - started, 4),
-            "notes": {} if error else chain.notes,
-            "error": error,
-        }
+        notes = {} if error else chain.notes
+        record = {"instruction": request.instruction, "seconds": seconds, "notes": notes, "error": error}
         write_bytes(json.dumps(record).encode(), folder / f"{i}.json")
         if error:
             return i - 1
@@ -278,31 +290,31 @@ def _resume(chain, folder: Path, turn: int, requests: tuple):
     """The chain as it stood after a turn that is on disk."""
     from safetensors.torch import load_file
 
-    latent = folder / f"{turn}.safetensors"
-    mask = folder / f"{turn}_mask.png"
+    latent, mask = folder / f"{turn}.safetensors", folder / f"{turn}_mask.png"
     return replace(
         chain,
-        image=Image.open(folder / f"{turn}.png").convert("RGB"),
+        image=open_picture(folder / f"{turn}.png").convert("RGB"),
         latent=load_file(latent)["latent"] if latent.is_file() else None,
         requests=requests,
-        mask=Image.open(mask).convert("L") if mask.is_file() else None,
+        mask=open_picture(mask).convert("L") if mask.is_file() else None,
     )
 
 
 def _save_image(image: Image.Image, path: Path) -> None:
-    with replacing(path) as f:
+    with atomic_write(path) as f:
         image.save(f, format="PNG")
 
 
 def _settings(method) -> dict:
     values = {field.name: getattr(method, field.name) for field in fields(method) if field.name != "editor"}
-    return {"class": type(method).__name__, "needs": method.needs, "settings": values}
+    about = {"class": type(method).__name__, "needs": method.needs, "settings": values}
+    return about if method.seeded else about | {"seeded": False}
 
 
 def _versions() -> dict:
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in ("emilie_min", "torch", "transformers")
-    }
+    """Of the package by its own word, since a clone need not be installed."""
+    others = {name: version(name) for name in ("torch", "transformers")}
+    return {"python": platform.python_version(), "emilie_min": __version__} | others
 
 
 def _sha256(path: Path) -> str:

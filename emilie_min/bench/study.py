@@ -6,17 +6,20 @@ picture and is kept back for `tally`. The page needs nothing but a browser; its 
 
 import hashlib
 import json
-import math
 import secrets
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import BenchError
-from .page import Table, Value, data_uri, evenly, open_picture, render, save, working_mask
+from .io import open_picture, quote, read_json
+from .metrics import percentiles
+from .page import Table, Value, data_uri, evenly_spaced, render, save, working_mask
 from .run import Run
 
 NO_DIFFERENCE = "no difference"
+KEY = {"page": str, "methods": [str], "chains": {...: {"item": str, "results": {...: str}}}}
+ANSWERS = {"page": str, "rater": str, "choices": [{"chain": str, "chosen": list}]}
 
 
 def study(
@@ -41,7 +44,7 @@ def study(
     whole = [item for item in run.items if all(_finished(run, method, first, item) for method in methods)]
     if not whole:
         raise BenchError(f"{run.path} has no item that all of {', '.join(methods)} have finished under seed {first}")
-    chosen = evenly(whole, len(whole) if chains is None else chains)
+    chosen = evenly_spaced(whole, len(whole) if chains is None else chains)
     questions, secret = [], {}
     for item in chosen:
         results, names = [], {}
@@ -49,8 +52,10 @@ def study(
             name = secrets.token_hex(6)
             names[name] = method
             pictures = [run.outcome(method, first, item.id, turn + 1).image for turn in range(len(item.turns))]
-            results.append({"key": name, "pictures": [data_uri(open_picture(path)) for path in pictures]})
-        start = open_picture(run.folder(methods[0], first, item.id) / "0.png")
+            results.append(
+                {"key": name, "pictures": [data_uri(open_picture(path).convert("RGB")) for path in pictures]}
+            )
+        start = open_picture(run.folder(methods[0], first, item.id) / "0.png").convert("RGB")
         turns = [
             {"text": turn.instruction, "where": mask and data_uri(start, mask)}
             for turn in item.turns
@@ -68,8 +73,10 @@ def study(
     save(key, json.dumps(about | {"methods": methods, "chains": secret}, indent=1))
     save(page, render("study.html", content=content))
     left_out = len(run.items) - len(whole)
-    said = f"{len(chosen)} items, {len(methods)} methods" + (f"; {left_out} items lack a picture" if left_out else "")
-    return page, key, said
+    message = f"{len(chosen)} items, {len(methods)} methods" + (
+        f"; {left_out} items lack a picture" if left_out else ""
+    )
+    return page, key, message
 
 
 def _finished(run: Run, method: str, seed: int, item) -> bool:
@@ -85,27 +92,22 @@ def tally(key: str | Path, answers: list[str | Path]) -> Table:
     chains agree it has nothing to vary, and Wilson's interval for as many chains stands in. Raises BenchError for
     files that are not of this page, or count twice.
     """
-    key = Path(key)
-    secret = _json(key, "key of a study")
-    try:
-        page, methods = secret["page"], secret["methods"]
-        known = {chain: about["results"] for chain, about in secret["chains"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BenchError(f"{key} is not the key that `emilie bench study` wrote beside the page") from error
+    secret = read_json(key, KEY, "the key that `emilie bench study` wrote beside the page")
+    methods, known = secret["methods"], {chain: about["results"] for chain, about in secret["chains"].items()}
+    if strangers := {method for results in known.values() for method in results.values()} - set(methods):
+        raise BenchError(f"{key} is damaged: {quote(min(strangers))} is none of its methods")
     if not answers:
         raise BenchError("no answers: give the files that the page downloaded")
     votes, raters = {}, {}  # chain -> one dict of shares per rater; rater -> file
     for path in map(Path, answers):
-        rater, choices = _answers(path, page, known)
+        rater, choices = _answers(path, secret["page"], known)
         if rater in raters:
-            raise BenchError(f"{path} and {raters[rater]} are both of rater {rater!r}: keep the one that counts")
+            raise BenchError(f"{path} and {raters[rater]} are both of rater {quote(rater)}: keep the one that counts")
         raters[rater] = path
         for chain, chosen in choices.items():
             undecided = len(chosen) in (0, len(known[chain]))
             shares = {NO_DIFFERENCE: 1.0} if undecided else {known[chain][name]: 1 / len(chosen) for name in chosen}
             votes.setdefault(chain, []).append(shares)
-    if not votes:
-        raise BenchError("the answers hold no choice yet")
     rows = []
     for name in (*methods, NO_DIFFERENCE):
         shares = [[vote.get(name, 0.0) for vote in chain] for chain in votes.values()]
@@ -116,53 +118,33 @@ def tally(key: str | Path, answers: list[str | Path]) -> Table:
         f"{counts} A vote for several as equally good is split between them. Intervals: 95%, bootstrap over chains "
         "(votes on one chain are not independent); where all chains agree, Wilson's for as many chains."
     )
-    return Table("preference", "Preferred method", ("method", "votes, %", "votes alone", "votes shared"), rows, note)
+    return Table("Preferred method", ("method", "votes, %", "votes alone", "votes shared"), rows, note)
 
 
 def _answers(path: Path, page: str, known: dict[str, dict]) -> tuple[str, dict[str, list[str]]]:
     """A rater's name, and the results that the rater chose of each chain. Raises BenchError."""
-    given = _json(path, "file of answers")
-    try:
-        rater, of_page = given["rater"], given["page"]
-        pairs = [(choice["chain"], choice["chosen"]) for choice in given["choices"]]
-        fits = isinstance(rater, str) and all(isinstance(chosen, list) for _, chosen in pairs)
-        fits = fits and all(isinstance(name, str) for chain, chosen in pairs for name in (chain, *chosen))
-    except (KeyError, TypeError):
-        fits = False
-    if not fits:
-        raise BenchError(f"{path} is no file of answers that a study's page downloaded")
-    if of_page != page:
+    given, choices = read_json(path, ANSWERS, "a file of answers that a study's page downloaded"), {}
+    if given["page"] != page:
         raise BenchError(f"{path} answers another page than this key's")
-    choices = {}
-    for chain, chosen in pairs:
+    for choice in given["choices"]:
+        chain, chosen = choice["chain"], choice["chosen"]
         if chain not in known:
-            raise BenchError(f"{path} answers for a chain that the page does not have: {chain[:40]!r}")
-        if unknown := [name for name in chosen if name not in known[chain]]:
-            raise BenchError(f"{path} chooses a result that chain {chain} does not have: {unknown[0][:40]!r}")
+            raise BenchError(f"{path} answers for a chain that the page does not have: {quote(chain)}")
+        if unknown := [name for name in chosen if name not in list(known[chain])]:
+            raise BenchError(f"{path} chooses a result that chain {quote(chain)} does not have: {quote(unknown[0])}")
         if chain in choices or len(set(chosen)) < len(chosen):
-            raise BenchError(f"{path} answers twice for chain {chain}")
+            raise BenchError(f"{path} answers twice for chain {quote(chain)}")
         choices[chain] = chosen
-    return rater, choices
+    return given["rater"], choices
 
 
-def _share(chains: list[list[float]], resamplings: int = 10_000) -> Value:
+def _share(chains: list[list[float]]) -> Value:
     """The mean over all votes, in percent, with its interval; chains: the shares of the votes on each."""
     sums, counts = np.array([sum(chain) for chain in chains]), np.array([len(chain) for chain in chains])
     p, n, z = sums.sum() / counts.sum(), len(chains), 1.96
     if np.ptp(sums / counts) > 1e-9:
-        draws = np.random.default_rng(0).integers(n, size=(resamplings, n))
-        low, high = np.percentile(sums[draws].sum(1) / counts[draws].sum(1), (2.5, 97.5))
+        low, high = percentiles(lambda votes, of, axis: votes.sum(axis) / of.sum(axis), sums, counts)
     else:
-        centre, reach = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        centre, reach = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
         low, high = ((centre + side * reach) / (1 + z**2 / n) for side in (-1, 1))
     return Value(*(float(100 * v) for v in (p, low, high)), digits=1)
-
-
-def _json(path: Path, what: str) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BenchError(f"{path} cannot be read as a {what}: {error}") from error
-    if not isinstance(value, dict):
-        raise BenchError(f"{path} is no {what}")
-    return value

@@ -27,7 +27,7 @@ def partition(masks: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
 
 
 def denoiser(
-    editor: Editor, z_img: Tensor, conds: Sequence[Tensor], null: Tensor, shares: Tensor, *scales: Scale
+    editor: Editor, z_img: Tensor, conds: list[Tensor], null: Tensor, shares: Tensor, *scales: Scale
 ) -> Denoise:
     """`Editor.denoise` for n instructions at once, n + 2 branches a step: cond is the sum of share * cond.
 
@@ -43,7 +43,7 @@ def denoiser(
     return denoise
 
 
-def unguided(editor: Editor, z_img: Tensor, conds: Sequence[Tensor], shares: Tensor) -> Denoise:
+def unguided(editor: Editor, z_img: Tensor, conds: list[Tensor], shares: Tensor) -> Denoise:
     """What the instructions alone lead to, without guidance: n branches."""
 
     def denoise(x: Tensor, sigma: float) -> Tensor:

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save
 
-from ..checkpoint.writing import write_bytes
+from ..checkpoint.writing import write_tensors
 from ..emilie import Editor
 from ..errors import CanvasError
 from .state import State
@@ -52,7 +51,7 @@ def write(canvas, path: str | Path) -> None:
         ],
     }
     try:
-        write_bytes(save(tensors, {"format": FORMAT, "canvas": json.dumps(about)}), path)
+        write_tensors(tensors, path, {"format": FORMAT, "canvas": json.dumps(about)})
     except OSError as error:
         raise CanvasError(f"{path}: cannot write the canvas: {error.strerror or error}") from error
 

@@ -3,6 +3,7 @@
 import math
 import operator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from ..config import GATES, SamplingConfig
 from ..errors import SamplingError
@@ -63,10 +64,12 @@ class Settings:
     def resolve(self, defaults: SamplingConfig, seed: int) -> "Settings":
         """With the config's numbers and the canvas's seed in the places of None."""
         given = {"steps": defaults.steps, "text_scale": defaults.text_scale, "image_scale": defaults.image_scale}
-        missing = {name: value for name, value in (given | {"seed": seed}).items() if getattr(self, name) is None}
+        missing: dict[str, Any] = {
+            name: value for name, value in (given | {"seed": seed}).items() if getattr(self, name) is None
+        }
         return replace(self, **missing)
 
-    def record(self) -> dict:
+    def record(self) -> dict[str, Any]:
         """What a state keeps of them."""
         return {name: value for name, value in asdict(self).items() if name != "allow_empty"}
 

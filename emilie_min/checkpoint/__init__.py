@@ -1,1 +1,1 @@
-"""Weight files: indexed, read strictly and safely, converted, downloaded; and files written whole or not at all."""
+"""Weight files: read strictly and safely, converted, downloaded; tokenizers; files written whole or not at all."""

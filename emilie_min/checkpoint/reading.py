@@ -1,90 +1,82 @@
 """Weight files in the original layout, `.ckpt` or `.safetensors`, read strictly, safely and without waste.
 
 A file is first indexed: every tensor's dtype, shape and place, and no tensor read. Each network's parameters are then
-named in the file's terms (`file_keys`); what they do not name is dropped by a rule below or is an error. Last, only
-the named tensors are read, one at a time from a memory map, cast on the way to the device.
+named in the file's terms (`key_map`); what they do not name is dropped by a rule below or is an error. Last, only
+the named tensors are read, one at a time, cast on the way to the device.
 """
 
-import json
 import mmap
 import os
+import re
 import struct
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
-from ..errors import CheckpointError
-from .writing import write_bytes
+from ..errors import CheckpointError, first_line, printable
 
 RAW, EMA, VAE, TEXT = "model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model.transformer."
 
-# What is in released files and not needed to sample: a name for the closing line, and the keys it covers.
-SCHEDULE = {"betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
-            "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
-            "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
-            "logvar", "scale_factor"}  # fmt: skip
-DROPPED = {
-    "noise schedule (computed from the config)": SCHEDULE.__contains__,
-    "counters of the weight average": {"model_ema.decay", "model_ema.num_updates"}.__contains__,
-    "position numbers": lambda key: key.startswith(TEXT) and key.endswith("position_ids"),
-    "the autoencoder's training loss": lambda key: key.startswith("first_stage_model.loss."),
-}
-
-RELEASED = {
-    "fbc31a67aab29ad38eef622a252d3fa4b0a81d4a4dc65da416cf45b13aa67688": "instruct-pix2pix-00-22000.safetensors",
-    "ffd280ddcfc8234e4d28b93641cb83169cebcb4d70998df9ee2eabb4d705374a": "instruct-pix2pix-00-22000.ckpt",
+DROPPED = {  # what is in released files and not needed to sample: a name for it, and its keys
+    "noise schedule (computed from the config)": "betas|logvar|scale_factor|alphas_cumprod(_prev)?"
+    "|(sqrt|log)_(one_minus_)?alphas_cumprod|sqrt_recip(m1)?_alphas_cumprod|posterior_[a-z0-9_]+",
+    "counters of the weight average": r"model_ema\.(decay|num_updates)",
+    "position numbers": r"cond_stage_model\.transformer\..*position_ids",
+    "the autoencoder's training loss": r"first_stage_model\.loss\..*",
 }
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                       "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
                       "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
                       "F8_E5M2": torch.float8_e5m2}  # fmt: skip
-HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 
 # Calls that a pickle may ask for and that stay uncalled: values among a trainer's records.
 HARMLESS_CALLS = {"numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
                   "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
                   "collections.defaultdict", "builtins.frozenset", "pathlib.PosixPath",
                   "pathlib.WindowsPath"}  # fmt: skip
+HELD = 64_000_000  # bytes that a reader maps before it lets them go
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies in a file; `offset` in bytes, `stride` in elements."""
+    """One tensor of a file; of a .ckpt also where it lies: `stride` in elements, `offset` in bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
+    stride: tuple[int, ...] = ()
+    offset: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     @property
     def span(self) -> int:
         """Elements from the first to the last."""
         return 0 if 0 in self.shape else 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride))
 
-    @property
-    def nbytes(self) -> int:
-        return self.span * self.dtype.itemsize
-
 
 def index(path: str | Path) -> dict[str, Entry]:
     """Every tensor of a weight file, by key, without reading one.
 
-    Raises CheckpointError for a file that is missing, truncated (naming the tensor and the missing bytes), of another
-    format, or that would run code when read.
+    Raises CheckpointError for a file that is missing, cut short, of another format, or that would run code when read.
     """
     try:
         entries = _index(Path(path))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except CheckpointError as error:  # may quote the file: nothing of it reaches the terminal but plain characters
-        raise CheckpointError("".join(c if c.isprintable() else "?" for c in str(error)[:500])) from error
-    strange = next((key for key in entries if not key.isprintable() or len(key) > 500), None)
-    if strange is not None:
-        raise CheckpointError(f"{path} holds a tensor called {strange[:80]!r}: these are no weights")
+    except CheckpointError as error:  # may quote the file
+        raise CheckpointError(printable(error)) from error
+    for key, entry in entries.items():
+        if not key.isprintable() or len(key) > 500 or len(entry.shape) > 8:
+            what = f"a tensor called {key[:80]!r} of {len(entry.shape)} dimensions"
+            raise CheckpointError(f"{path} holds {what}: not a weight file")
     return entries
 
 
@@ -95,87 +87,58 @@ def _index(path: Path) -> dict[str, Entry]:
         raise CheckpointError(f"no weights at {path}: `emilie download` fetches the released ones")
     with open(path, "rb") as f:
         head, size = f.read(9), os.fstat(f.fileno()).st_size
-    if head[8:9] == b"{":
-        entries = _index_safetensors(path)
-    elif head[:2] in (b"PK", b"\x80\x02"):
-        entries = _index_pickle(path)
-    else:
-        hint = ": a Git LFS pointer, so run `git lfs pull`" if head.startswith(b"version ") else ""
-        hint = ": a web page, so the download went wrong" if head.lower().startswith((b"<!doc", b"<html")) else hint
-        raise CheckpointError(f"{path} ({size} bytes) is neither a .safetensors file nor a .ckpt of PyTorch's{hint}")
-    for key, entry in sorted(entries.items(), key=lambda item: item[1].offset):
-        if entry.offset + entry.nbytes > size:
-            short = max(e.offset + e.nbytes for e in entries.values()) - size
-            raise CheckpointError(f"{path} is truncated: it ends within {key}, {short} bytes short. Fetch it again")
-    return entries
+    if _is_safetensors(path):
+        return _index_safetensors(path)
+    if head.startswith(b"PK"):
+        return _index_ckpt(path)
+    wrong = f"{path} ({size} bytes) is neither a .safetensors file nor a .ckpt of PyTorch's"
+    if head.startswith(b"\x80\x02"):
+        wrong = f"{path} is a bare pickle, as PyTorch wrote them before 1.6: load it with PyTorch and save it anew"
+    elif head.startswith(b"version "):
+        wrong += ": a Git LFS pointer, so run `git lfs pull`"
+    elif head.lower().startswith((b"<!doc", b"<html")):
+        wrong += ": a web page, so the download went wrong"
+    raise CheckpointError(wrong)
 
 
-def _header(path: Path) -> tuple[dict, int]:
-    """A safetensors file's table of contents, and where its tensors' bytes begin. Raises CheckpointError."""
+def _is_safetensors(path: str | Path) -> bool:
     with open(path, "rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if length > HEADER_LIMIT:
-            raise CheckpointError(f"{path} is no .safetensors file, or broken: its header would have {length} bytes")
-        text = f.read(length)
-    if len(text) < length:
-        raise CheckpointError(f"{path} is truncated: it ends within its header, {length - len(text)} bytes short")
-    try:
-        return json.loads(text), 8 + length
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its header cannot be read ({error})") from error
+        return f.read(9)[8:] == b"{"  # behind its length in 8 bytes, a header in JSON
 
 
 def _index_safetensors(path: Path) -> dict[str, Entry]:
-    header, begin = _header(path)
-    entries = {}
-    for key, record in header.items():
-        if key == "__metadata__":
-            continue
-        try:
-            dtype, shape, (start, end) = record["dtype"], tuple(record["shape"]), record["data_offsets"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: its header has no dtype, shape and place of {key}") from error
-        if str(dtype) not in SAFETENSORS_DTYPES:
-            raise CheckpointError(f"{path}: {key} has the dtype {dtype}, which is not known here")
-        if any(type(n) is not int or n < 0 for n in (*shape, start, end)):
-            raise CheckpointError(f"{path}: its header gives {key} an impossible shape or place")
-        stride = [1]
-        for n in reversed(shape[1:]):
-            stride.insert(0, stride[0] * n)
-        entry = Entry(SAFETENSORS_DTYPES[dtype], shape, tuple(stride[: len(shape)]), begin + start)
-        if entry.nbytes != end - start:
-            raise CheckpointError(f"{path}: {key} is {_by(shape)} {dtype} by its header but has other bytes than that")
-        entries[key] = entry
-    return entries
+    try:
+        with safe_open(path, "pt") as f:
+            slices = {key: f.get_slice(key) for key in f.keys()}
+            found = {key: (s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
+    except OSError:
+        raise
+    except Exception as error:  # SafetensorError, and what its readers of JSON and of paths raise
+        wrong = f"{path} is cut short, or no .safetensors file"
+        raise CheckpointError(f"{wrong}. Fetch it again ({first_line(error)})") from error
+    strange = next((key for key, (dtype, _) in found.items() if dtype not in SAFETENSORS_DTYPES), None)
+    if strange is not None:
+        raise CheckpointError(f"{path}: {strange} has the dtype {found[strange][0]}, which is not known here")
+    return {key: Entry(SAFETENSORS_DTYPES[dtype], shape) for key, (dtype, shape) in found.items()}
 
 
 def metadata(path: str | Path) -> dict[str, str] | None:
-    """What the writer of a .safetensors file noted in it; None for another format. Raises as `index` does."""
-    with open(path, "rb") as f:
-        if f.read(9)[8:] != b"{":
-            return None
-    notes = _header(Path(path))[0].get("__metadata__")
-    return {str(key): str(note) for key, note in notes.items()} if isinstance(notes, dict) else {}
+    """What the writer of a .safetensors file noted in it, once `index` has read it; None for another format."""
+    if not _is_safetensors(path):
+        return None
+    with safe_open(path, "pt") as f:
+        return f.metadata() or {}
 
 
-def _index_pickle(path: Path) -> dict[str, Entry]:
+def _index_ckpt(path: Path) -> dict[str, Entry]:
     """Tensors of a file that `torch.save` wrote: unpickled with weights_only under FakeTensorMode, which reads no data.
 
     Lightning also pickles its callbacks' classes. Each name that PyTorch does not know stands for an inert
     placeholder while the file is read, so nothing is imported; a file that wants one called is refused.
     """
-    from torch._subclasses import FakeTensorMode
-
-    from .truncated import explain
-
     if not zipfile.is_zipfile(path):
-        with open(path, "rb") as f:
-            zipped = f.read(2) == b"PK"
-        raise CheckpointError(
-            explain(path)
-            if zipped
-            else f"{path} is a bare pickle, as PyTorch wrote them before 1.6: load it with PyTorch and save it anew"
-        )
+        wrong = "its table of contents, which stands at the end, is missing. Fetch it again"
+        raise CheckpointError(f"{path} is cut short: {wrong}")
     try:
         records = _records(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -207,7 +170,8 @@ def _records(path: Path) -> dict[int, int]:
             if record.filename.endswith("byteorder") and z.read(record) != b"little":
                 raise CheckpointError("its numbers are big-endian. Save it anew on a common machine")
             f.seek(record.header_offset + 26)
-            records[record.header_offset + 30 + sum(struct.unpack("<2H", f.read(4)))] = record.file_size
+            begin = record.header_offset + 30 + sum(struct.unpack("<2H", f.read(4)))
+            records[begin] = record.file_size
     return records
 
 
@@ -217,7 +181,7 @@ def _placed(key: str, t: Tensor, records: dict[int, int]) -> Entry:
     if begin not in records:
         raise CheckpointError(f"{key} has no record of its own. Load it with PyTorch and save it anew")
     entry = Entry(t.dtype, tuple(t.shape), t.stride(), begin + skipped)
-    if skipped + entry.nbytes > records[begin]:
+    if skipped + entry.span * t.dtype.itemsize > records[begin]:
         raise CheckpointError(f"{key} reaches beyond its record. Fetch it again")
     return entry
 
@@ -239,53 +203,57 @@ class _Placeholder(type):
 
 
 class Reader:
-    """Tensors of an indexed file, one at a time from a memory map, whose pages are handed back after each."""
+    """Tensors of an indexed file, one at a time; what is mapped of the file is let go every few tensors."""
 
     def __init__(self, path: str | Path, entries: dict[str, Entry]):
-        self.entries = entries
-        with open(path, "rb") as f:
-            self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.path, self.entries, self.held = path, entries, 0
+        self.open()
+
+    def open(self) -> None:
+        if _is_safetensors(self.path):
+            self.file = safe_open(self.path, "pt")
+        else:
+            with open(self.path, "rb") as f:
+                self.file = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def get(self, key: str, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:
+        """The tensor, contiguous, in memory of its own; dtype: None = the file's."""
         e = self.entries[key]
-        if not e.span:
-            return torch.empty(e.shape, device=device, dtype=dtype or e.dtype)
-        flat = torch.frombuffer(self.map, dtype=e.dtype, count=e.span, offset=e.offset)
-        # the copy is the only one: nothing of the file stays referenced
-        out = flat.as_strided(e.shape, e.stride).to(device, dtype or e.dtype, copy=True).contiguous()
-        if hasattr(mmap, "MADV_DONTNEED"):
-            start = e.offset // mmap.PAGESIZE * mmap.PAGESIZE
-            self.map.madvise(mmap.MADV_DONTNEED, start, e.offset + e.nbytes - start)
+        if e.offset is None:
+            tensor = self.file.get_tensor(key)
+        elif not e.span:
+            tensor = torch.empty(e.shape, dtype=e.dtype)
+        else:
+            flat = torch.frombuffer(self.file, dtype=e.dtype, count=e.span, offset=e.offset)
+            tensor = flat.as_strided(e.shape, e.stride)
+        out = tensor.to(device, dtype or e.dtype, copy=True).contiguous()
+        self.held += e.nbytes
+        if self.held > HELD:
+            self.held = 0
+            self.open()
         return out
 
 
 @dataclass
-class Report:
+class LoadReport:
     """What a load took and what it left: `family` is "EMA" or "raw", `dropped` counts keys by rule."""
 
     family: str
-    nbytes: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
 
 
-def file_keys(networks: dict[str, nn.Module], keys) -> tuple[dict[str, dict[str, str]], str]:
-    """The file's key of each parameter, by network ("unet", "vae", "text"), and the UNet family that is used.
+def key_map(networks: dict[str, nn.Module], keys) -> tuple[dict[str, dict[str, str]], str]:
+    """The file's key of each parameter, by network ("unet", "vae", "text"), and which UNet weights: "EMA" or "raw".
 
     EMA weights are what the original samples with; they stand under the parameter's name without its dots.
     """
     ema = any(key.startswith(EMA + "diffusion_model") for key in keys)  # pruned copies may keep the counters alone
-    named = any(key.startswith(TEXT + "text_model.") for key in keys)
-
-    def unet(name: str) -> str:
-        return EMA + ("diffusion_model." + name).replace(".", "") if ema else RAW + name
-
-    def text(
-        name: str,
-    ) -> str:  # transformers 5: "transformer.encoder..."; the file: "transformer.text_model.encoder..."
-        name = name.removeprefix("transformer.").removeprefix("text_model.")
-        return TEXT + ("text_model." if named else "") + name
-
-    rules = {"unet": unet, "vae": lambda name: VAE + name, "text": text}
+    inner = "text_model." if any(key.startswith(TEXT + "text_model.") for key in keys) else ""
+    rules = {
+        "unet": lambda name: EMA + ("diffusion_model." + name).replace(".", "") if ema else RAW + name,
+        "vae": lambda name: VAE + name,
+        "text": lambda name: TEXT + inner + name.removeprefix("transformer.").removeprefix("text_model."),
+    }
     wanted = {part: {name: rules[part](name) for name in net.state_dict()} for part, net in networks.items()}
     for names in wanted.values():
         if len(set(names.values())) < len(names):
@@ -293,13 +261,13 @@ def file_keys(networks: dict[str, nn.Module], keys) -> tuple[dict[str, dict[str,
     return wanted, "EMA" if ema else "raw"
 
 
-def check(networks: dict[str, nn.Module], entries: dict[str, Entry], what: str) -> tuple[dict[str, dict], Report]:
-    """`file_keys`, once every key of the file is accounted for and every shape fits.
+def check(networks: dict[str, nn.Module], entries: dict[str, Entry], what: str) -> tuple[dict[str, dict], LoadReport]:
+    """`key_map`, once every key of the file is accounted for and every shape fits.
 
     Raises CheckpointError that lists the first missing, misshapen and unknown tensors.
     """
-    wanted, family = file_keys(networks, entries)
-    report = Report(family)
+    wanted, family = key_map(networks, entries)
+    report = LoadReport(family)
     missing, misshapen = [], []
     for part, names in wanted.items():
         shapes = {name: tuple(p.shape) for name, p in networks[part].state_dict().items()}
@@ -310,10 +278,12 @@ def check(networks: dict[str, nn.Module], entries: dict[str, Entry], what: str) 
                 misshapen.append(f"{key} is {_by(entries[key].shape)} and should be {_by(shapes[name])}")
             elif not entries[key].dtype.is_floating_point:
                 misshapen.append(f"{key} holds {entries[key].dtype} and should hold floating-point numbers")
-    rules = {**DROPPED, "raw UNet weights beside the EMA ones": lambda key: family == "EMA" and key.startswith(RAW)}
+    rules = dict(DROPPED)
+    if family == "EMA":
+        rules["raw UNet weights beside the EMA ones"] = re.escape(RAW) + ".*"
     extra = []
     for key in entries.keys() - {key for names in wanted.values() for key in names.values()}:
-        rule = next((rule for rule, covers in rules.items() if covers(key)), None)
+        rule = next((rule for rule, pattern in rules.items() if re.fullmatch(pattern, key)), None)
         if rule:
             report.dropped[rule] = report.dropped.get(rule, 0) + 1
         else:
@@ -338,7 +308,7 @@ def load(
     device: torch.device | str,
     dtype: torch.dtype | None,
     entries: dict[str, Entry] | None = None,
-) -> Report:
+) -> LoadReport:
     """Fill networks built on the meta device from a file; strict, cast to `dtype` (None: the file's own).
 
     networks: "unet", "vae" and "text" in LDM's key layout. Raises CheckpointError; see `index` and `check`.
@@ -348,7 +318,6 @@ def load(
     reader = Reader(path, entries)
     for part, names in wanted.items():
         state = {name: reader.get(key, device, dtype) for name, key in names.items()}
-        report.nbytes += sum(t.nbytes for t in state.values())
         networks[part].load_state_dict(state, strict=True, assign=True)
         for name, buffer in networks[part].named_buffers():
             if buffer.is_meta:  # not in any file: transformers' position numbers
@@ -360,25 +329,17 @@ def load(
     return report
 
 
-def fits(entries: dict[str, Entry]) -> str | None:
+def detect_config(entries: dict[str, Entry]) -> str | None:
     """The built-in config whose UNet has this file's width and input channels, or None."""
     first = entries.get(RAW + "input_blocks.0.0.weight") or entries.get(EMA + "diffusion_modelinput_blocks00weight")
-    return (
-        {(320, 8): "ip2p", (320, 4): "sd15", (64, 8): "toy", (64, 4): "toy-t2i"}.get(first.shape[:2]) if first else None
-    )
+    widths = {(320, 8): "ip2p", (320, 4): "sd15", (64, 8): "toy", (64, 4): "toy-t2i"}
+    return widths.get(first.shape[:2]) if first else None
 
 
-def describe(entries: dict[str, Entry]) -> str:
+def explain_unknown(entries: dict[str, Entry]) -> str:
     """What kind of file has such keys, for the error when no config fits it."""
     if any(key.startswith(("down_blocks.", "mid_block.", "encoder.down_blocks.")) for key in entries):
         return "a network in diffusers' layout; the original layout is one file with model.diffusion_model.* keys"
     if not any(key.startswith((RAW, EMA)) for key in entries):
         return "not a checkpoint in the original layout: no key starts with model.diffusion_model. or model_ema."
     return "of a model that no built-in config fits: name its YAML file with --config"
-
-
-def write(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """A .safetensors file, whole or not at all: written beside its place and moved there. Raises OSError."""
-    from safetensors.torch import save
-
-    write_bytes(save(tensors, metadata), path)

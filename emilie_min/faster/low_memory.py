@@ -6,8 +6,6 @@ runs, so that the arithmetic stays float32: the same numbers as without, where t
 convert` writes. What it costs: `notebooks/speed/README.md`.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -27,10 +25,12 @@ class LowMemoryEditor(Editor):
                 layerwise_cast(network)
 
     def bring(self, needed: nn.Module) -> None:
-        """A network onto the device, after the others have left it."""
+        """A network onto the device, after the others have left it; where it is there already nothing moves."""
         if self.device.type != "cpu" and next(needed.parameters()).device.type != self.device.type:
             for network in (self.network, self.vae, self.text):
-                network.to("cpu" if network is not needed else self.device)
+                if network is not needed:
+                    network.to("cpu")
+            needed.to(self.device)
 
     @property
     def network(self) -> nn.Module:
@@ -49,9 +49,7 @@ class LowMemoryEditor(Editor):
         self.bring(self.text)
         return super().context(texts)
 
-    def branches(
-        self, x: Sequence[Tensor], sigma: Scale, seen: Sequence[Tensor], told: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def branches(self, x: list[Tensor], sigma: Scale, seen: list[Tensor], told: list[Tensor]) -> list[Tensor]:
         """As `Editor.branches`, on a GPU one branch after another."""
         self.bring(self.network)
         if not self.sequential:

@@ -1,354 +1,237 @@
-"""What `emilie speed` measures: first whether all compute the same, then seconds, FLOPs, the ceiling and memory."""
+"""What is measured, one thing a function: whether two compute the same, seconds, FLOPs, kernels, memory."""
 
 import json
+import os
 import platform
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from argparse import Namespace
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from weakref import finalize
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch import Tensor
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.weak import WeakIdKeyDictionary
 
-from ..canvas.canvas import check_can_edit
+from ..checkpoint.networks import build
 from ..config import Config
-from ..errors import EmilieError, explain_oom
-from ..loading import build
-from ..sampling import noise_stream
+from ..errors import EmilieError
 from ..text import LENGTH
-from .against import Entrant, builders
+from .against import Backend, builders, noise_like
 
 # Relative L2 error between implementations; bfloat16 has three bits fewer than float16, so 8 times its rounding. Where
 # these come from: diffusers keeps its latents in half precision, which over the check's steps is 0.005 and 0.04.
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1.6e-1}
 SIGMA = 1.6  # of the step that is timed alone, about the schedule's middle
 CHECK_STEPS = 4  # timesteps 999, 666, 333, 0: whole, where interpolating sigma or log sigma is the same
-
-
-@dataclass
-class Setting:
-    """What to measure, in JSON's types; None and empty: see `emilie speed --help`."""
-
-    weights: str = "random"
-    config: str | None = "ip2p"
-    device: str | None = None
-    dtype: str | None = None
-    steps: int = 20
-    batches: list[int] = field(default_factory=list)
-    resolution: int = 512
-    compile: bool = False
-    low_memory: bool = False
-    against: list[str] = field(default_factory=list)
-    repeats: int = 3
-    threads: int | None = None
-    unet_only: bool = False
-
-
-class Clock:
-    """Seconds between its calls: on CUDA by events, which the device itself passes, else by the wall."""
-
-    def __init__(self, device: torch.device):
-        self.cuda, self.marks = device.type == "cuda", []
-        if self.cuda:
-            torch.cuda.synchronize()
-        self()
-
-    def __call__(self) -> None:
-        self.marks.append(torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter())
-        if self.cuda:
-            self.marks[-1].record()
-
-    def seconds(self) -> list[float]:
-        if self.cuda:
-            torch.cuda.synchronize()
-        return [a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in zip(self.marks, self.marks[1:])]
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors alive on a device, and their peak: the same on every machine.
-
-    Counts what operators return, each storage once while it lives; not what kernels use inside themselves.
-    """
-
-    def __init__(self, device: torch.device, networks: list[nn.Module]):
-        super().__init__()
-        self.type, self.live, self.peak, self.seen = device.type, 0, 0, WeakIdKeyDictionary()
-        for network in networks:
-            for tensor in (*network.parameters(), *network.buffers()):
-                self.count(tensor)
-
-    def count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self.seen or storage.device.type != self.type:
-            return
-        self.seen[storage] = size = storage.nbytes()
-        finalize(storage, self.free, size)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-    def free(self, size: int) -> None:
-        self.live -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self.count, out)
-        return out
+KINDS = {  # of a kernel, or on a CPU of an operator, by the first pattern that its name in small letters matches
+    "attention": "attention|flash|fmha|sdpa",
+    "convolutions": "conv|cudnn|fprop|winograd|nchw|nhwc",
+    "matrix products": "gemm|nvjet|cutlass|cublas|splitk|matmul|::(add|b|baddb)?mm|triton_tem",
+    "norms": "norm|moments|welford|fusedparams|triton_(red|per)",
+}
 
 
 class Inputs:
     """One batch: pictures and token ids for an edit, and latents for its parts; numbers are random, and always these.
 
-    The stages' own inputs are unit normal: an untrained network's outputs then stay finite in half precision too.
+    The latents are unit normal: an untrained network's outputs then stay finite in half precision too.
     """
 
-    def __init__(self, entrant: Entrant, batch: int, resolution: int):
-        config, device = entrant.config, entrant.device
-        text, generator = config.text, torch.Generator().manual_seed(0)
-        side = resolution // entrant.factor
-        self.shape = (batch, config.diffusion.channels, side, side)
-        self.pixels = 2 * torch.rand((batch, 3, resolution, resolution), generator=generator) - 1
-        self.pixels = self.pixels.to(device, entrant.dtype)
-        self.token_ids = torch.randint(text.vocab_size, (batch + 1, LENGTH), generator=generator).to(device)
-        self.noise, self.z_img = (torch.randn(self.shape, generator=generator).to(device) for _ in range(2))
-        context = torch.randn((batch + 1, LENGTH, text.hidden_size), generator=generator).to(device, entrant.dtype)
-        self.cond, self.uncond = context.split([batch, 1])
+    def __init__(self, backend: Backend, resolution: int, batch: int):
+        editor, generator = backend.editor, torch.Generator().manual_seed(0)
+        pixels = 2 * torch.rand((batch, 3, resolution, resolution), generator=generator) - 1
+        self.pixels = pixels.to(editor.device, editor.dtype)
+        ids = torch.randint(60, (batch + 1, LENGTH), generator=generator)  # every vocabulary has these
+        self.token_ids = ids.to(editor.device)
+        shape = backend.encode(self.pixels).shape
+        self.noise, z_img = (torch.randn(shape, generator=generator).to(editor.device) for _ in range(2))
+        self.given = (z_img, *backend.text(self.token_ids).split([batch, 1]))  # z_img, cond, uncond
         self.x = self.noise * (SIGMA**2 + 1) ** 0.5
 
 
-def edit(entrant: Entrant, inputs: Inputs, steps: int, tick: Callable[[], None] = lambda: None) -> None:
-    """An edit of the batch, with a tick after each stage: encode, text, denoise, decode."""
-    z_img = entrant.encode(inputs.pixels)
-    tick()
-    cond, uncond = entrant.text(inputs.token_ids).split([len(z_img), 1])
-    tick()
-    z = entrant.denoise(z_img, cond, uncond, inputs.noise, steps)
-    tick()
-    entrant.decode(z)
-    tick()
-
-
-def outputs(entrant: Entrant, inputs: Inputs, whole: bool) -> dict[str, Tensor]:
-    """What each part makes of the same input; of a step the guided noise prediction."""
-    given = inputs.z_img, inputs.cond, inputs.uncond
-    out = {"step": inputs.x - entrant.stepper(*given)(inputs.x, SIGMA)}
-    if whole and entrant.whole:
-        stream = noise_stream(inputs.shape, 0, "speed")
-        out["encode"], out["text"] = entrant.encode(inputs.pixels), entrant.text(inputs.token_ids)
-        out["denoise"] = entrant.denoise(*given, inputs.noise, CHECK_STEPS, stream)
-        out["decode"] = entrant.decode(inputs.noise)
+def outputs(backend: Backend, inputs: Inputs, whole: bool = True) -> dict[str, Tensor]:
+    """What each part makes of the same input; of a step the guided noise prediction. whole: of an edit's other parts
+    too."""
+    out = {"step": inputs.x - backend.step(inputs.x, SIGMA, inputs.given)}
+    if whole:
+        out["encode"], out["text"] = backend.encode(inputs.pixels), backend.text(inputs.token_ids)
+        out["sample"] = backend.sample(inputs.given, inputs.noise, CHECK_STEPS, noise_like(inputs.noise, seed=1))
+        out["decode"] = backend.decode(inputs.noise)
     return {key: value.float() for key, value in out.items()}
 
 
 def check(name: str, found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
-    """Relative L2 error of each part. Raises EmilieError where one exceeds what rounding explains."""
-    errors = {key: ((found[key] - y).norm() / y.norm()).item() for key, y in expected.items() if key in found}
+    """Relative L2 error of each part. Raises EmilieError where one exceeds what rounding in dtype explains."""
+    errors = {key: ((found[key] - y).norm() / y.norm()).item() for key, y in expected.items()}
     for key, error in errors.items():
         if not error < LIMITS[dtype]:
             raise EmilieError(
-                f"{name} does not compute what emilie does: {key} is off by {error:.2g} of its norm, and only "
-                f"{LIMITS[dtype]:g} is rounding in {dtype}; nothing was timed".replace("torch.", "")
+                f"{name} does not compute what the others do: {key} is off by {error:.2g} of its norm, and only "
+                f"{LIMITS[dtype]:g} is rounding in {dtype}; it is not timed".replace("torch.", "")
             )
     return errors
 
 
-def flops(config: Config, batch: int, resolution: int) -> dict[str, int]:
+def step_seconds(backend: Backend, inputs: Inputs) -> float:
+    """Of one guided step, after a first one that warms up: the median of as many as take 0.3 s, at least one."""
+    given = {"step": lambda: backend.step(inputs.x, SIGMA, inputs.given)}
+    timer = Timer("step()", globals=given, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.3).median
+
+
+def wait_for(backend: Backend) -> None:
+    if backend.editor.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def edit_seconds(backend: Backend, inputs: Inputs, steps: int) -> dict[str, float]:
+    """Of each stage of an edit of the batch, and of the whole."""
+    marks = []
+
+    def mark() -> None:
+        wait_for(backend)
+        marks.append(time.perf_counter())
+
+    mark()
+    z_img = backend.encode(inputs.pixels)
+    mark()
+    cond, uncond = backend.text(inputs.token_ids).split([len(z_img), 1])
+    mark()
+    z = backend.sample((z_img, cond, uncond), inputs.noise, steps)
+    mark()
+    backend.decode(z)
+    mark()
+    stages = dict(zip(("encode", "text", "sample", "decode"), (b - a for a, b in pairwise(marks))))
+    return stages | {"edit": marks[-1] - marks[0]}
+
+
+def flops(config: Config, resolution: int, batch: int) -> dict[str, int]:
     """FLOPs of the plain networks for a batch of edits: "encode", "text", "step" (one guided UNet call), "decode".
 
     Counted on the meta device: nothing is computed, and attention, which the counter does not know in the CPU's fused
     form, is made of matrix products there.
     """
     counted = {}
+
+    def count(part: str, run, *args) -> Tensor:
+        with FlopCounterMode(display=False) as counter:
+            out = run(*args)
+        counted[part] = counter.get_total_flops()
+        return out
+
     with torch.device("meta"), torch.no_grad():
-        networks = build(config)
-        side = resolution // networks["vae"].factor
-        z = torch.empty(batch, config.diffusion.channels, side, side)
-        stacked = torch.empty(3 * batch, config.unet.in_channels, side, side)
-        context = torch.empty(3 * batch, LENGTH, config.unet.context_dim)
-        parts = {
-            "encode": lambda: networks["vae"].encode(torch.empty(batch, 3, resolution, resolution)),
-            "text": lambda: networks["text"](torch.zeros(batch + 1, LENGTH, dtype=torch.long)),
-            "step": lambda: networks["unet"](stacked, torch.zeros(3 * batch), context),
-            "decode": lambda: networks["vae"].decode(z),
-        }
-        for key, run in parts.items():
-            with FlopCounterMode(display=False) as counter:
-                run()
-            counted[key] = counter.get_total_flops()
+        networks, n = build(config), 3 * batch  # rows of the three branches
+        z = count("encode", networks["vae"].encode, torch.empty(batch, 3, resolution, resolution))
+        context = count("text", networks["text"], torch.zeros(batch + 1, LENGTH, dtype=torch.long))
+        stacked = torch.cat([z, z], dim=1).repeat(3, 1, 1, 1)
+        count("step", networks["unet"], stacked, torch.zeros(n), context[:1].expand(n, -1, -1))
+        count("decode", networks["vae"].decode, z)
     return counted
 
 
-def ceiling(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """FLOP/s of a square matrix product, the best of five: what this machine gives at this moment."""
+def matmul_flops(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """FLOP/s of a square matrix product, the best of a few: what this machine gives at this moment."""
     slow = device.type == "cpu" and dtype != torch.float32  # half precision can be 100 times slower on a CPU
     size = size or (8192 if device.type == "cuda" else 512 if slow else 2048)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    a @ b
-    clock = Clock(device)
-    for _ in range(5):
-        a @ b
-        clock()
-    return 2 * size**3 / min(clock.seconds())
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / min(timer.blocked_autorange(min_run_time=0.1).times)
 
 
-def measure(setting: Setting, say: Callable[[str], None] = lambda line: None) -> dict:
-    """All that `emilie speed` reports, in JSON's types, every repeat's seconds as they were. Raises EmilieError."""
-    threads = torch.get_num_threads()
-    try:
-        with explain_oom(f"at {setting.resolution} px: lower --resolution or --batch"):
-            result = timings(setting, say)
-        if result["machine"]["cuda"]:
-            torch.cuda.empty_cache()
-        for name, entrant in result["entrants"].items():
-            if result["machine"]["cuda"] or not entrant["compiled"]:  # on the CPU the compiler's own memory would show
-                say(f"{name}: memory, in a process of its own")
-                entrant["process"] = in_process(setting, name, result["runs"][0]["batch"])
-        return result
-    finally:
-        torch.set_num_threads(threads)
+def profile(backend: Backend, inputs: Inputs, steps: int = 3) -> dict[str, float]:
+    """Where the seconds of a step go: its kernels (on a CPU its operators) by kind, and the gaps between them.
+
+    The step is timed without the profiler, under which launches take longer and kernels do not.
+    """
+    cuda = backend.editor.device.type == "cuda"
+    activities = [getattr(torch.profiler.ProfilerActivity, name) for name in (("CPU", "CUDA") if cuda else ("CPU",))]
+    seconds = step_seconds(backend, inputs)
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(steps):
+            backend.step(inputs.x, SIGMA, inputs.given)
+        wait_for(backend)
+    spent, number = dict.fromkeys([*KINDS, "the rest"], 0.0), 0
+    for event in profiler.events():
+        if event.device_type.name == ("CUDA" if cuda else "CPU") and not event.is_user_annotation:
+            microseconds = event.time_range.elapsed_us() if cuda else event.self_cpu_time_total
+            spent[kind_of(event.name)] += microseconds / 1e6 / steps
+            number += 1
+    return {"step": seconds, "kernels": number / steps, **spent, "gaps": max(0.0, seconds - sum(spent.values()))}
 
 
-@torch.no_grad()
-def timings(setting: Setting, say: Callable[[str], None]) -> dict:
-    entrants = prepare(setting, builders(setting))
-    ours, whole, runs = entrants["emilie"], not setting.unet_only, []
-    cuda = ours.device.type == "cuda"
-    live = {name: {} for name in entrants}
-    for batch in setting.batches or ([1, 2, 4, 8] if cuda else [1]):
-        inputs, rows, expected = Inputs(ours, batch, setting.resolution), {}, None
-        steppers = {}
-        for name, entrant in entrants.items():  # warm up, and check that all compute the same
-            started = time.perf_counter()
-            try:
-                found = outputs(entrant, inputs, whole)
-            except RuntimeError as error:
-                if not entrant.compiled or isinstance(error, torch.cuda.OutOfMemoryError):
-                    raise
-                raise EmilieError(f"{name}: torch.compile failed: {str(error).strip().splitlines()[0]}") from error
-            expected = expected or found
-            rows[name] = {"errors": check(name, found, expected, entrant.rounding), "repeats": []}
-            rows[name]["first_s"] = time.perf_counter() - started
-            steppers[name] = entrant.stepper(inputs.z_img, inputs.cond, inputs.uncond)
-            say(f"batch {batch}: {name}: ready after {rows[name]['first_s']:.1f} s")
-            if not live[name] and not entrant.compiled:
-                live[name] = live_bytes(entrant, inputs, whole)
-        del expected, found
-        runs.append({"batch": batch, "flops": flops(ours.config, batch, setting.resolution), "ceiling": []})
-        runs[-1]["entrants"] = rows
-        inner = 5 if cuda else 1  # one step is too short for events to time well
-        for i in range(setting.repeats + 1):  # the first turn warms up what the check did not touch
-            runs[-1]["ceiling"].append(ceiling(ours.device, ours.dtype))
-            for name, entrant in entrants.items():
-                clock = Clock(ours.device)
-                for _ in range(inner):
-                    steppers[name](inputs.x, SIGMA)
-                clock()
-                took = {"step": clock.seconds()[0] / inner}
-                if whole and entrant.whole:
-                    clock = Clock(ours.device)
-                    edit(entrant, inputs, setting.steps if i else 2, clock)
-                    took |= dict(zip(("encode", "text", "denoise", "decode"), clock.seconds()))
-                    took["edit"] = sum(took.values()) - took["step"]
-                if i:
-                    rows[name]["repeats"].append(took)
-            say(f"batch {batch}: repeat {i} of {setting.repeats}")
-    made = {name: {"compiled": entrant.compiled, "live": live[name]} for name, entrant in entrants.items()}
-    return {"machine": machine(ours), "setting": asdict(setting), "entrants": made, "runs": runs}
+def kind_of(name: str) -> str:
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name.lower())), "the rest")
 
 
-def prepare(setting: Setting, made: dict[str, Callable[[], Entrant]]) -> dict[str, Entrant]:
-    """Entrants that can run the setting, ready. Raises EmilieError."""
-    entrants = {}
-    for name, make in made.items():
-        entrants[name] = entrant = make()
-        if name == "emilie":
-            check_can_edit(entrant.editor)
-            multiple = entrant.factor * 2**entrant.editor.unet.num_downsamples
-            if setting.resolution % multiple:
-                raise EmilieError(f"--resolution {setting.resolution}: this model needs a multiple of {multiple} px")
-            if setting.threads and entrant.device.type != "cpu":
-                raise EmilieError(f"--threads is for the CPU, and this runs on {entrant.device}")
-            if setting.threads:
-                torch.set_num_threads(setting.threads)
-    return entrants
-
-
-def live_bytes(entrant: Entrant, inputs: Inputs, whole: bool) -> dict[str, int]:
-    """Peaks of live tensors: "step" with the UNet's weights, "edit" with all three networks'."""
-    peaks = {}
-    with LiveBytes(entrant.device, [entrant.unet]) as count:
-        entrant.stepper(inputs.z_img, inputs.cond, inputs.uncond)(inputs.x, SIGMA)
-    peaks["step"] = count.peak
-    if whole and entrant.whole:
-        with LiveBytes(entrant.device, entrant.networks) as count:
-            edit(entrant, inputs, 2)
-        peaks["edit"] = count.peak
-    return peaks
-
-
-def machine(entrant: Entrant) -> dict:
-    cuda, cpu = entrant.device.type == "cuda", platform.processor()
-    try:
+def machine(editor) -> dict:
+    """What measures, in JSON's types."""
+    cuda, cpu = editor.device.type == "cuda", platform.processor()
+    with suppress(OSError, TypeError):  # on Linux that is no name
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        pass
-    versions = {name: sys.modules[name].__version__ for name in ("torch", "diffusers") if name in sys.modules}
+    loaded = {name: sys.modules.get(name) for name in ("torch", "diffusers")}
+    versions = {name: module.__version__ for name, module in loaded.items() if module}
     return {
-        "name": torch.cuda.get_device_name(entrant.device) if cuda else cpu,
+        "name": torch.cuda.get_device_name(editor.device) if cuda else cpu,
         "cuda": cuda,
         "threads": torch.get_num_threads(),
-        "dtype": str(entrant.dtype).removeprefix("torch."),
-        "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32] if cuda else None,
+        "dtype": str(editor.dtype).removeprefix("torch."),
         "versions": {"python": platform.python_version(), **versions},
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "command": ["emilie", *sys.argv[1:]],
     }
 
 
-def in_process(setting: Setting, name: str, batch: int) -> dict[str, int]:
-    """Bytes at the peak of a process that does nothing else: see `alone`. Raises EmilieError."""
-    code = "import json, sys; from emilie_min import measure; measure.alone(*json.loads(sys.argv[1]))"
-    given = json.dumps([asdict(setting), name, batch])
-    done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True)
+def measure_in_subprocess(setting: Namespace, name: str, tried: str | None = None) -> dict:
+    """What `alone` tells of a backend, in a process that does nothing else. tried: its EMILIE_TRY, see `faster.tries`.
+    Raises EmilieError."""
+    code = "import json, sys; from emilie_min.speed import measure; measure.alone(*json.loads(sys.argv[1]))"
+    command = [sys.executable, "-c", code, json.dumps([vars(setting), name, tried is not None])]
+    env = os.environ | ({} if tried is None else {"EMILIE_TRY": tried})
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise EmilieError(f"measuring the memory of {name} in a process of its own failed: {lines[-1]}")
+        raise EmilieError(f"measuring {name} in a process of its own failed: {lines[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @torch.no_grad()
-def alone(setting: dict, name: str, batch: int) -> None:
-    """Print, as JSON, this process's peak once loaded, after a guided step and after a short edit.
+def alone(setting: dict, name: str, timed: bool = False) -> None:
+    """Print, as JSON, this process's peak once loaded, after a guided step and after a short edit, in bytes.
 
-    "loaded", "step", "edit": resident bytes; on CUDA also "step_cuda", "edit_cuda", [allocated, reserved] on the device
-    by a second run: CUDA graphs' memory shows in the latter alone.
+    "loaded", "step", "edit": resident; on CUDA also "step_cuda", "edit_cuda", [allocated, reserved] on the device by a
+    second run: CUDA graphs' memory shows in the latter alone. "ready_s": until all has run once, compiled if need be.
+    timed: also "seconds", of a step and of the stages of a short edit.
     """
-    setting = Setting(**setting)
+    setting = Namespace(**setting)
     if setting.threads:
         torch.set_num_threads(setting.threads)
-    entrant = builders(setting)[name]()
-    inputs, peaks = Inputs(entrant, batch, setting.resolution), {"loaded": peak_rss()}
+    backend = builders(setting)[name]()
+    peaks, started = {"loaded": peak_rss()}, time.perf_counter()
+    inputs = Inputs(backend, setting.resolution, setting.batch[0])
+    peaks["ready_s"] = time.perf_counter() - started
     forget_peak()  # random weights are drawn in float32
-    parts = {"step": lambda: entrant.stepper(inputs.z_img, inputs.cond, inputs.uncond)(inputs.x, SIGMA)}
-    if entrant.whole and not setting.unet_only:
-        parts["edit"] = lambda: edit(entrant, inputs, 2)
+    parts = {"step": lambda: backend.step(inputs.x, SIGMA, inputs.given)}
+    if not setting.unet_only:
+        parts["edit"] = lambda: edit_seconds(backend, inputs, 2)
     for part, run in parts.items():
+        started = time.perf_counter()
         run()
+        wait_for(backend)
+        peaks["ready_s"] += time.perf_counter() - started
         peaks[part] = peak_rss()
-        if entrant.device.type == "cuda":
+        if backend.editor.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             run()
             torch.cuda.synchronize()
             peaks[f"{part}_cuda"] = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
+    if timed:
+        peaks["seconds"] = {"step": step_seconds(backend, inputs)} | edit_seconds(backend, inputs, 2)
     print(json.dumps(peaks))
 
 

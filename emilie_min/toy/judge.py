@@ -1,6 +1,6 @@
 """Reads a picture back into a `Scene` by analysis by synthesis, and says whether it is what an instruction asked for.
 
-It knows the world and no model: `read` tries every ground, look and object and keeps what explains the pixels best.
+It knows the world and no model: `read` tries every background, style and object, and keeps what explains most.
 """
 
 from dataclasses import dataclass
@@ -10,27 +10,27 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from .world import (
+    BACKGROUNDS,
     CELL,
     COLOURS,
-    GROUNDS,
     INK,
     JITTER,
-    LOOKS,
     PLACES,
     SHAPES,
     SIZE,
+    STYLES,
     Object,
     Scene,
     alpha,
+    background_pixels,
     colour_pixel,
-    ground_pixels,
     pixels,
 )
 
 TOLERANCE = 2  # pixels along each axis that an object may be off its true position
 REACH = JITTER + TOLERANCE
 POSES = [(s, dx, dy) for s in SHAPES for dx in range(-REACH, REACH + 1) for dy in range(-REACH, REACH + 1)]
-# What a place may leave unexplained, as RMS in grey levels: a share of the contrast of its object with the ground, and
+# What a place may leave unexplained, as RMS in grey levels: a share of its object's contrast with the background, and
 # MAX_RMS where that is less or there is no object. Measured as shares on 400 scenes: gaussian blur of radius 0.7 leaves
 # 0.07-0.16 (in comic, with its outlines, up to 0.25), radius 1 0.12-0.24 (0.40), radius 2 0.24-0.39 (0.59), an object
 # half faded or half removed 0.5 and more. The contrast: day 30-104, night 13-60, comic 67-138, pastel 16-56.
@@ -46,7 +46,7 @@ class Reading:
     """The scene that explains a picture best, and what it leaves unexplained, as RMS in grey levels."""
 
     scene: Scene
-    ground_rms: float  # over pixels that no object can cover, more than 2 away from those read: blur carries ink there
+    background_rms: float  # where no object can cover it, and more than 2 px from those read: blur carries ink there
     place_rms: dict[str, float]
     place_stain: dict[str, float]  # the longest mean RGB error of a block of 8x8 pixels
 
@@ -86,8 +86,8 @@ def _ink() -> np.ndarray:
 
 
 @cache
-def _colours(look: str) -> np.ndarray:
-    return np.stack([colour_pixel(c, look) for c in COLOURS])
+def _colours(style: str) -> np.ndarray:
+    return np.stack([colour_pixel(c, style) for c in COLOURS])
 
 
 @cache
@@ -98,62 +98,62 @@ def _bare() -> np.ndarray:
 
 
 @cache
-def _energy(ground: str, look: str) -> np.ndarray:
-    """Squared difference |f (c - g) + k (INK - g)|^2 that each object makes to bare ground g, (4, P, colours)."""
-    f, k, c = _fill(), _ink(), _colours(look)
-    g = _cells(ground_pixels(ground, look))
+def _energy(background: str, style: str) -> np.ndarray:
+    """Squared difference |f (c - g) + k (INK - g)|^2 that each object makes to bare background g, (4, P, colours)."""
+    f, k, c = _fill(), _ink(), _colours(style)
+    g = _cells(background_pixels(background, style))
     g2 = np.square(g).sum(-1, keepdims=True)
     out = f**2 @ g2 - 2 * (f**2 @ g) @ c.T + (f**2).sum(1)[:, None] * np.square(c).sum(1)
-    if look == "comic":
+    if style == "comic":
         ink = INK - g
         out += 2 * ((f * k) @ ink) @ c.T + k**2 @ np.square(ink).sum(-1, keepdims=True)
         out -= 2 * (f * k) @ (g * ink).sum(-1, keepdims=True)
     return out
 
 
-def _explain(cells: np.ndarray, ground: str, look: str) -> tuple[float, Scene]:
-    """The best scene on a ground and look, and its squared error: |d|^2 - 2 d.e + |e|^2, e what an object adds."""
-    g = _cells(ground_pixels(ground, look))
+def _explain(cells: np.ndarray, background: str, style: str) -> tuple[float, Scene]:
+    """The best scene on a background and style, and its squared error: |d|^2 - 2 d.e + |e|^2, e what an object adds."""
+    g = _cells(background_pixels(background, style))
     d = cells - g
-    dot = (_fill() @ d) @ _colours(look).T - _fill() @ (d * g).sum(-1, keepdims=True)  # (4, P, colours)
-    if look == "comic":
+    dot = (_fill() @ d) @ _colours(style).T - _fill() @ (d * g).sum(-1, keepdims=True)  # (4, P, colours)
+    if style == "comic":
         dot = dot + _ink() @ (d * (INK - g)).sum(-1, keepdims=True)
     empty = np.square(d).sum((1, 2))
-    gain = (2 * dot - _energy(ground, look)).reshape(4, -1)
+    gain = (2 * dot - _energy(background, style)).reshape(4, -1)
     best, objects = gain.argmax(1), []
     for i, place in enumerate(PLACES):
         if gain[i, best[i]] > 0:
             pose, colour = divmod(int(best[i]), len(COLOURS))
             shape, dx, dy = POSES[pose]
             objects.append(Object(shape, list(COLOURS)[colour], place, dx, dy))
-    return float((empty - gain.max(1).clip(0)).sum()), Scene(ground, look, tuple(objects))
+    return float((empty - gain.max(1).clip(0)).sum()), Scene(background, style, tuple(objects))
 
 
 def read(image: Image.Image | np.ndarray) -> Reading:
-    """The scene in a picture: the four likeliest grounds by the bare pixels, then what explains all pixels best."""
+    """The scene in a picture: the four likeliest backgrounds by the bare pixels, then what explains all pixels best."""
     a = _array(image)
-    bare = {(g, k): np.square(a - ground_pixels(g, k))[_bare()].mean() for g in GROUNDS for k in LOOKS}
+    bare = {(g, k): np.square(a - background_pixels(g, k))[_bare()].mean() for g in BACKGROUNDS for k in STYLES}
     likely = sorted(bare, key=bare.get)[:4]
     _, scene = min((_explain(_cells(a), *key) for key in likely), key=lambda fit: fit[0])
     error = a - pixels(scene)
     rms = np.sqrt(_cells(np.square(error)).mean((1, 2)))
     blocks = np.linalg.norm(error.reshape(2, 4, 8, 2, 4, 8, 3).mean((2, 5)), axis=-1)  # (2, 4, 2, 4) of 8x8 pixels
     stain = blocks.max((1, 3)).ravel()
-    drawn = (pixels(scene) != pixels(Scene(scene.ground, scene.look, ()))).any(-1)
+    drawn = (pixels(scene) != pixels(Scene(scene.background, scene.style, ()))).any(-1)
     far = np.asarray(Image.fromarray(drawn.astype(np.uint8)).filter(ImageFilter.MaxFilter(5))) == 0
-    ground_rms = float(np.sqrt(np.square(error[_bare() & far]).mean()))
-    return Reading(scene, ground_rms, dict(zip(PLACES, rms.tolist())), dict(zip(PLACES, stain.tolist())))
+    background_rms = float(np.sqrt(np.square(error[_bare() & far]).mean()))
+    return Reading(scene, background_rms, dict(zip(PLACES, rms.tolist())), dict(zip(PLACES, stain.tolist())))
 
 
 def judge(image: Image.Image | np.ndarray, after: Scene, before: Scene | None = None) -> Verdict:
-    """Whether a picture shows the scene `after`: ground, look and every place right, and each of them cleanly drawn."""
+    """Whether a picture shows the scene `after`: background, style and every place right, and each cleanly drawn."""
     reading = read(image)
     limits, faults = _limits(reading.scene), {}
-    for part in ("look", "ground"):
+    for part in ("style", "background"):
         if getattr(reading.scene, part) != getattr(after, part):
             faults[part] = f"{part} is {getattr(reading.scene, part)}, not {getattr(after, part)}"
-    if reading.ground_rms > MAX_RMS:
-        faults.setdefault("ground", f"ground is unclean (RMS {reading.ground_rms:.0f})")
+    if reading.background_rms > MAX_RMS:
+        faults.setdefault("background", f"background is unclean (RMS {reading.background_rms:.0f})")
     for place in PLACES:
         seen, want = _at(reading.scene, place), _at(after, place)
         if _name(seen) != _name(want):
@@ -167,15 +167,15 @@ def judge(image: Image.Image | np.ndarray, after: Scene, before: Scene | None = 
     why = "; ".join(faults.values())
     if before is None:
         return Verdict(not faults, why)
-    changed = {part for part in ("look", "ground") if getattr(before, part) != getattr(after, part)}
+    changed = {part for part in ("style", "background") if getattr(before, part) != getattr(after, part)}
     changed |= {place for place in PLACES if _at(before, place) != _at(after, place)}
     return Verdict(not faults, why, edited=not faults.keys() & changed, kept=not faults.keys() - changed)
 
 
 def _limits(scene: Scene) -> dict[str, float]:
     """The largest RMS with which each place counts as cleanly drawn."""
-    contrast = np.square(pixels(scene) - ground_pixels(scene.ground, scene.look))
-    share = MAX_SHARE[scene.look] * np.sqrt(_cells(contrast).mean((1, 2)))
+    contrast = np.square(pixels(scene) - background_pixels(scene.background, scene.style))
+    share = MAX_SHARE[scene.style] * np.sqrt(_cells(contrast).mean((1, 2)))
     return dict(zip(PLACES, share.clip(MAX_RMS).tolist()))
 
 

@@ -1,70 +1,77 @@
-"""Train the shipped models: an autoencoder on the procedural world, then UNet and text model on its edits, and once
-more on its captions.
+"""Train the small models that ship.
 
-    python -m emilie_min.toy.train vae                # then put the printed scale_factor into configs/toy*.yaml
-    python -m emilie_min.toy.train edit
-    python -m emilie_min.toy.train export weights/toy.safetensors
-    python -m emilie_min.toy.train caption            # text-to-image, for the methods that need it; begins from `edit`
-    python -m emilie_min.toy.train export weights/toy-t2i.safetensors --config toy-t2i
+    python -m emilie_min.toy.train weights/toy.safetensors                                     # from nothing
+    python -m emilie_min.toy.train weights/toy.safetensors --weights weights/toy.safetensors   # going on from weights
+    python -m emilie_min.toy.train weights/toy-t2i.safetensors --config toy-t2i --weights weights/toy.safetensors
 
-With `torchrun --nproc_per_node 2 -m emilie_min.toy.train ...` each process takes its share of every batch; on two
-cores, two processes of one thread each (OMP_NUM_THREADS=1) are faster than one of two. Each stage keeps its state in
-`--runs` (default `runs/toy`), written atomically every few minutes; started again, it goes on from there.
+The third makes the text-to-image sister, for the methods that need one, from an editing model: captions instead of
+instructions, the same autoencoder. Each trains for `--minutes`, on a GPU where there is one, while other processes draw
+the pictures. The state is kept in `--runs`; the same command, given again, goes on from there.
 
-The objective of `edit` is InstructPix2Pix's (Brooks et al. 2023, Eq. 1): predict the noise in the latent of the edited
-picture, given the source's latent and the instruction, each dropped for 5% of the samples and both for another 5%. Two
-departures make it affordable on two CPU cores, where a run sees some 10^5 samples: the loss is weighted by
-1 / alpha_cumprod, bounded, because plain eps loss hardly feels an error in the clean latent at high noise; and high
-noise, where the edit is decided, is drawn more often than low noise, where it only has to be kept.
+From nothing, a quarter of the time goes to the autoencoder. The rest trains UNet and text model with InstructPix2Pix's
+objective (Brooks et al. 2023, Eq. 1): predict the noise in the latent of the edited picture, given the source's latent
+and the instruction, each dropped for 5% of the samples and both for another 5%. What differs here:
 
-The weights that ship took 2 hours on two shared cores (AVX-512 with bfloat16): 72,000 pictures in half an hour for the
-autoencoder (`--bf16`, 4500 batches of 16), 305,000 edits in an hour and a half for the rest (`--bf16`, 2 processes of
-16, 8719 batches without `--adds`, then 821 with `--adds 0.5 --ema 0.998 --lr 2.5e-3 --steps 10200`: edits that add had
-chosen a free place at random until then). In float32 a step of the UNet took 11% longer. The text-to-image model took
-another 75 minutes beside other work (`caption --bf16 --batch 16 --steps 7000`, 2 processes).
+- Where the text alone is dropped, the target is the source. The branch of guidance that sees only the picture then says
+  "this picture", and y = "" keeps it (`--null-target edited`: the objective of the paper).
+- Some scenes have two objects of one shape (`--twins`); where they are equal, either may be the one that changes, and
+  only a mask can tell. Some edits practise places (`--places`): only those teach where "top left" is.
+- The loss is weighted by 1 / alpha_cumprod, bounded: a plain loss on eps hardly feels an error in the clean latent at
+  high noise. And high noise, where the edit is decided, is drawn more often than low noise, where it is only kept.
 """
 
 import argparse
-import copy
 import math
 import os
 import random
+import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import save
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset
 
-from ..checkpoint import reading
-from ..checkpoint.writing import replacing
-from ..config import load_config
-from ..sampling import alphas_cumprod
-from ..text import TextEncoder
-from ..unet import UNetModel
-from ..vae import AutoencoderKL
+from ..checkpoint.writing import atomic_write
+from ..emilie import Editor
+from ..errors import CheckpointError, EmilieError
+from ..loading import load
 from . import world
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 FIRST_SEED = 10**9  # training scenes are seeded from here on; everything below is left to tests and evaluation
+WARM_UP, FLOOR = 200, 0.02  # batches until the full learning rate, and the share of it that is left at the end
+DECAY = 0.999  # of the average of weights
+HIGH_NOISE, BOUND = 1.5, 50.0  # 1 draws all timesteps alike, more the higher ones more often; the loss weight's bound
+PREFILL = 32  # chunks of new pairs that are in the buffer before training starts
+DEFAULTS = {
+    "cuda": {"minutes": 5.0, "batch": 1024, "lr": 1.2e-3, "buffer": 2**18, "bf16": True},
+    "cpu": {"minutes": 120.0, "batch": 32, "lr": 8e-4, "buffer": 2**14, "bf16": False},
+}
+
+# ---- pairs, drawn in other processes
 
 
-def to_tensor(pictures: list[np.ndarray]) -> Tensor:
-    """uint8 (64, 64, 3) pictures -> (B, 3, 64, 64) in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+def edit_pair(seed: int, twins: float = 0.15, places: float = 0.35) -> tuple[world.Scene, str, world.Scene]:
+    """A scene, an instruction, and the scene that it leads to.
 
-
-def edit_pair(seed: int, adds: float = 0.0) -> tuple[world.Scene, str, world.Scene]:
-    """A scene some edits into a chain, an instruction, and the scene that it leads to.
-
-    A share `adds` of the pairs add an object where two or three places are free: only those teach where "top left" is.
+    In a share `twins` of the pairs two objects have one shape, and one colour too in 6 of 10 of these; a share `places`
+    of the others add an object where two or three places are free; the rest are some edits into a chain.
     """
     rng = random.Random(f"pair {seed}")
-    if rng.random() < adds:
+    if rng.random() < twins:
+        scene = world.twins(seed, alike=rng.random() < 0.6)
+        text, after, _ = world.instruct(scene, seed, rng.choice(("recolour", "recolour", "shape", "remove")))
+        return scene, text, after
+    if rng.random() < places:
         scene = world.scene(seed)
         scene = replace(scene, objects=tuple(rng.sample(scene.objects, rng.choice((1, 2)))))
         text, after, _ = world.instruct(scene, seed, "add")
@@ -73,253 +80,378 @@ def edit_pair(seed: int, adds: float = 0.0) -> tuple[world.Scene, str, world.Sce
     return steps[-2][1] if len(steps) > 1 else first, steps[-1][0], steps[-1][1]
 
 
-class EMA:
-    """A running average of a module's weights, warmed up as the original's is."""
-
-    def __init__(self, module: nn.Module, decay: float):
-        self.module, self.decay, self.updates = copy.deepcopy(module).requires_grad_(False), decay, 0
-
-    @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for mean, new in zip(self.module.parameters(), module.parameters()):
-            mean.lerp_(new, 1 - decay)
+def draw(scenes: Iterable[world.Scene]) -> np.ndarray:
+    """uint8 (B, 64, 64, 3)"""
+    return np.stack([world.pixels(scene) for scene in scenes])
 
 
-class Run:
-    """One stage's state on disk: everything that a resumed run needs."""
-
-    def __init__(self, path: Path, **parts):
-        self.path, self.parts, self.step = path, parts, 0
-        if path.exists():
-            state = torch.load(path, weights_only=True, map_location="cpu")
-            self.step = state.pop("step")
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            print(f"{path}: going on from step {self.step}")
-        torch.manual_seed(self.step * PROCESSES + RANK)
-
-    def save(self) -> None:
-        if RANK:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as f:
-            torch.save({"step": self.step, **{name: part.state_dict() for name, part in self.parts.items()}}, f)
+def draw_edits(pairs: list) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Pictures before and after, and instructions."""
+    before, texts, after = zip(*pairs)
+    return draw(before), draw(after), texts
 
 
-def average(tensors: list[Tensor]) -> None:
-    """Replace tensors by their mean over the processes, in one exchange."""
-    flat = torch.cat([x.flatten() for x in tensors])
-    dist.all_reduce(flat)
-    for x, mean in zip(tensors, (flat / PROCESSES).split([x.numel() for x in tensors])):
-        x.copy_(mean.view_as(x))
+def draw_captioned(pairs: list) -> tuple[np.ndarray, list[str]]:
+    """Pictures and captions."""
+    return draw(after for _, _, after in pairs), [world.caption(after) for _, _, after in pairs]
 
 
-def loop(run: Run, model: nn.Module, ema: EMA, optimizer, steps: int, lr: float, update, every: float = 120.0) -> None:
-    """Call `update(step)` -> loss until `steps`; warm the rate up, then cool it to a tenth by a cosine."""
-    saved, smooth = time.time(), None
-    bar = tqdm(range(run.step, steps), initial=run.step, total=steps, mininterval=10, disable=RANK > 0)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for step in bar:
-        rate = lr * min(1, (step + 1) / 300) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = update(step)
+def draw_bare(pairs: list) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures with their objects and without."""
+    return draw(after for _, _, after in pairs), draw(replace(after, objects=()) for _, _, after in pairs)
+
+
+class Chunks(Dataset):
+    """Chunk i is pairs i * size to (i + 1) * size - 1, as `drawn` gives them."""
+
+    def __init__(self, drawn: Callable[[list], tuple], size: int, twins: float, places: float):
+        self.drawn, self.size, self.twins, self.places = drawn, size, twins, places
+
+    def __getitem__(self, i: int) -> tuple:
+        first = FIRST_SEED + i * self.size
+        return self.drawn([edit_pair(seed, self.twins, self.places) for seed in range(first, first + self.size)])
+
+
+def feed(chunks: Chunks, first: int, workers: int) -> Iterator[tuple]:
+    """Chunk `first` and all after it, in order, drawn ahead by `workers` processes."""
+    # collated by `tuple`, arrays stay NumPy's and come through pipes: shared memory is scarce in some containers
+    return iter(
+        DataLoader(
+            chunks,
+            batch_size=None,
+            sampler=range(first, 2**40),
+            num_workers=workers,
+            collate_fn=tuple,
+            worker_init_fn=end_with_parent,
+        )
+    )
+
+
+def end_with_parent(_: int) -> None:
+    """Let a worker end when the trainer is gone, were it killed: it would wait at its full pipe for ever."""
+
+    def watch(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
+
+
+def to_tensor(pictures: np.ndarray, device: torch.device | str) -> Tensor:
+    """uint8 (B, 64, 64, 3) -> (B, 3, 64, 64) in [-1, 1], channels last."""
+    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# ---- the loop of both stages
+
+
+def fit(
+    model: nn.Module,
+    path: Path,
+    batches: Callable[[int], Iterator[tuple]],
+    loss: Callable[..., Tensor],
+    minutes: float,
+    lr: float,
+    weight_decay: float = 0.0,
+    save_every: float = 120.0,
+    **begun,
+) -> tuple[nn.Module, int]:
+    """Train until `minutes` have gone by, those before a kill included; the average of weights and the steps taken.
+
+    batches: from a step to the batches from there on; loss: of one batch; path: the state, written whole or not at all
+    every `save_every` seconds; begun: what a run that goes on from `path` must have begun with.
+    Raises CheckpointError for another run's state, EmilieError where the loss is not finite.
+    """
+    step, seconds, smooth = 0, 0.0, None
+    average = AveragedModel(
+        model,
+        multi_avg_fn=lambda mean, new, _: torch._foreach_lerp_(mean, new, 1 - min(DECAY, (1 + step) / (10 + step))),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+
+    def rate(step: int) -> float:
+        done = min(1.0, seconds / max(1e-9, 60 * minutes))
+        return min(1.0, (step + 1) / WARM_UP) * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    schedule = LambdaLR(optimizer, rate)
+    parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
+    if path.exists():
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if (other := state.get("begun")) != begun:
+            raise CheckpointError(f"{path} is of a run begun with {other}, not {begun}: choose another --runs")
+        step, seconds = state["step"], state["seconds"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        print(f"{path}: going on from step {step}", flush=True)
+    torch.manual_seed(step)
+
+    def save() -> None:
+        states = {name: part.state_dict() for name, part in parts.items()}
+        with atomic_write(path) as f:
+            torch.save({"begun": begun, "step": step, "seconds": seconds, **states}, f)
+
+    def report() -> None:
+        if not math.isfinite(smooth):
+            raise EmilieError(f"{path.stem}: the loss is {smooth} at step {step}: lower --lr; {path} is from before")
+        print(f"{path.stem}: {seconds / 60:.1f} of {minutes:g} min, step {step}, loss {smooth:.4f}", flush=True)
+
+    model.train()
+    clock = saved = told = time.monotonic()
+    feed = batches(step)
+    while seconds < 60 * minutes:
+        value = loss(*next(feed))
         optimizer.zero_grad()
-        loss.backward()
-        if PROCESSES > 1:
-            average([p.grad for p in parameters])
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-        bar.set_postfix_str(f"loss {smooth:.4f}", refresh=False)
-        run.step = ema.updates = step + 1
-        ema.update(model)
-        if time.time() - saved > every:
-            run.save()
-            saved = time.time()
-    run.save()
+        average.update_parameters(model)
+        step += 1
+        now = time.monotonic()
+        seconds, clock = seconds + now - clock, now
+        schedule.step()
+        if smooth is None or step % 20 == 0:  # seldom, since a GPU is waited for
+            smooth = value.item() if smooth is None else 0.8 * smooth + 0.2 * value.item()
+        if now - told > 30:
+            report()
+            told = now
+        if now - saved > save_every:
+            report()
+            save()
+            saved = now
+    if smooth is not None:
+        report()
+        save()
+    return average.module.eval().requires_grad_(False), step
 
 
-def autocast(args):
-    return torch.autocast(args.device.partition(":")[0], torch.bfloat16, enabled=args.bf16)
+# ---- the autoencoder
 
 
-def train_vae(args, config) -> None:
-    """L1 on pixels, three times as much where an object is, and a weak KL term."""
-    vae = AutoencoderKL(config.vae).to(args.device, memory_format=torch.channels_last)
-    ema = EMA(vae, 0.999)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    run = Run(args.runs / "vae.pt", vae=vae, ema=ema.module, optimizer=optimizer)
-
-    def update(step: int) -> Tensor:
-        first = FIRST_SEED + (step * PROCESSES + RANK) * args.batch
-        seeds = range(first, first + args.batch)
-        scenes = [edit_pair(seed)[2] for seed in seeds]
-        x = to_tensor([world.pixels(s) for s in scenes]).to(args.device, memory_format=torch.channels_last)
-        empty = to_tensor([world.ground_pixels(s.ground, s.look) for s in scenes]).to(args.device)
-        weight = 1 + 2 * ((x - empty).abs().amax(1, keepdim=True) > 0.06).float()
-        with autocast(args):
-            mean, logvar = (y.float() for y in vae.moments(x))
-            logvar = logvar.clamp(-30, 20)
-            out = vae.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return (weight * (out - x).abs()).mean() + 1e-4 * kl
-
-    loop(run, vae, ema, optimizer, args.steps, args.lr, update)
-    if RANK:
-        return
-    ema.module.eval()
-    with torch.no_grad():
-        scenes = [edit_pair(seed)[2] for seed in range(FIRST_SEED, FIRST_SEED + 256)]
-        x = to_tensor([world.pixels(s) for s in scenes]).to(args.device)
-        z = ema.module.encode(x)
-        mse = ((ema.module.decode(z).clamp(-1, 1) - x) * 127.5).square().mean(dim=(1, 2, 3))
-    print(f"scale_factor: {1 / z.std().item():.5f}  (channel stds {z.std(dim=(0, 2, 3)).tolist()})")
-    print(f"PSNR: {(10 * torch.log10(255**2 / mse)).mean():.2f} dB")
-
-
-class Editing(nn.Module):
-    """UNet and text model together, since they train together."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.unet = UNetModel(config.unet)
-        self.text = TextEncoder(config.text)
+def reconstruction(vae: nn.Module, x: Tensor, bare: Tensor, autocast: AbstractContextManager) -> Tensor:
+    """L1 on pixels, three times as much where an object is, and a weak KL term. x, bare: (B, 3, 64, 64)."""
+    weight = 1 + 2 * ((x - bare).abs().amax(1, keepdim=True) > 0.06).float()
+    with autocast:
+        mean, logvar = (y.float() for y in vae.moments(x))
+        logvar = logvar.clamp(-30, 20)
+        out = vae.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return (weight * (out - x).abs()).mean() + 1e-4 * kl
 
 
 @torch.no_grad()
-def pool(args, config, vae: nn.Module, text: TextEncoder, first: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`size` pairs as unscaled source latents, scaled target latents and token ids; for captions the sources are
-    left empty, (size, 0, 16, 16)."""
-    sources, targets, texts = [], [], []
-    for start in range(first, first + size, 128):
-        pairs = [edit_pair(seed, args.adds) for seed in range(start, min(start + 128, first + size))]
-        pictures = [world.pixels(p[2]) for p in pairs]
-        if args.stage == "edit":
-            pictures += [world.pixels(p[0]) for p in pairs]
+def scale_latents(vae: nn.Module, x: Tensor, std: float) -> None:
+    """Scale the latents so that those of x, (B, 3, 64, 64), have this standard deviation; they decode as before."""
+    k, channels = std / vae.encode(x).std().item(), vae.post_quant_conv.in_channels
+    vae.quant_conv.weight[:channels] *= k  # the means
+    vae.quant_conv.bias[:channels] *= k
+    vae.quant_conv.bias[channels:] += 2 * math.log(k)  # the logarithms of the variances
+    vae.post_quant_conv.weight /= k
+
+
+# ---- UNet and text model
+
+
+class Buffer:
+    """The last `size` rows of some tensors of equal length; each addition takes the place of the oldest."""
+
+    def __init__(self, size: int):
+        self.size, self.added, self.columns = size, 0, None
+
+    def add(self, *columns: Tensor) -> None:
+        if self.columns is None:
+            self.columns = [x.new_empty(self.size, *x.shape[1:]) for x in columns]
+        rows = torch.arange(self.added, self.added + len(columns[0]), device=columns[0].device) % self.size
+        for mine, new in zip(self.columns, columns):
+            mine[rows] = new
+        self.added += len(rows)
+
+    def sample(self, n: int) -> tuple[Tensor, ...]:
+        rows = torch.randint(min(self.added, self.size), (n,), device=self.columns[0].device)
+        return tuple(x[rows] for x in self.columns)
+
+
+def drop(
+    z_img: Tensor, target: Tensor, tokens: Tensor, empty: Tensor, source: Tensor | None = None, u: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch in which 5% have lost the text, 5% text and picture, 5% the picture: z_img, target, tokens.
+
+    z_img: (B, 4, 16, 16) unscaled, no channels for captions; target, source: (B, 4, 16, 16) scaled; tokens: (B, 77);
+    empty: (1, 77), those of ""; source: what becomes the target where the text alone is lost; u: (B,) in [0, 1), which
+    row loses what.
+    """
+    u = torch.rand(len(target), device=target.device) if u is None else u
+    u = u[:, None, None, None]
+    if source is not None:
+        target = torch.where(u < 0.05, source, target)
+    tokens = torch.where(u[:, 0, 0] < 0.10, empty, tokens)
+    return torch.where((u >= 0.05) & (u < 0.15), torch.zeros_like(z_img), z_img), target, tokens
+
+
+def denoising(
+    model: nn.Module, z_img: Tensor, target: Tensor, tokens: Tensor, cumprod: Tensor, autocast: AbstractContextManager
+) -> Tensor:
+    """The weighted error of the noise predicted in a noised target; model: "unet" and "text"; cumprod: (T,)."""
+    u = torch.rand(len(target), device=target.device)
+    t = ((1 - u**HIGH_NOISE) * (len(cumprod) - 1)).round().long()
+    a, noise = cumprod[t].float(), torch.randn_like(target)
+    z_t = a.sqrt()[:, None, None, None] * target + (1 - a).sqrt()[:, None, None, None] * noise
+    x = torch.cat([z_t, z_img], 1).contiguous(memory_format=torch.channels_last)
+    with autocast:
+        eps = model["unet"](x, t, model["text"](tokens)).float()
+    return ((1 / a).clamp(max=BOUND) * F.mse_loss(eps, noise, reduction="none").mean((1, 2, 3))).mean()
+
+
+def zero_last_layers(unet: nn.Module) -> None:
+    """As in the original, the output starts at zero and every residual branch too."""
+    for name, module in unet.named_modules():
+        if name == "out.2" or name.endswith(("out_layers.3", "proj_out")):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def take_over(editor: Editor, other: Editor) -> None:
+    """Another model's weights; of its UNet's first layer only what sees the noisy latent, if this one sees no more.
+
+    Raises CheckpointError where they do not fit.
+    """
+    first, weights = "input_blocks.0.0.weight", other.unet.state_dict()
+    weights[first] = weights[first][:, : editor.unet.in_channels]
+    try:
+        editor.unet.load_state_dict(weights)
+        editor.text.load_state_dict(other.text.state_dict())
+        editor.vae.load_state_dict(other.vae.state_dict())
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights of {other.model} do not fit: begin from a small editing model's") from error
+
+
+# ---- the two stages
+
+
+def train_autoencoder(args: argparse.Namespace, editor: Editor, minutes: float) -> nn.Module:
+    """An autoencoder whose latents have the variance that the config's scale_factor says."""
+    vae, size = editor.vae.requires_grad_(True), max(1, min(args.batch // 2, 128))
+
+    def batches(step: int) -> Iterator[tuple]:
+        for pictures in feed(Chunks(draw_bare, size, args.twins, args.places), step, args.workers):
+            yield tuple(to_tensor(x, editor.device) for x in pictures)
+
+    loss = partial(reconstruction, vae, autocast=autocast(args))
+    vae, _ = fit(vae, args.runs / "vae.pt", batches, loss, minutes, 1.5e-3, **saving(args))
+    some, _ = Chunks(draw_bare, 256, args.twins, args.places)[0]
+    scale_latents(vae, to_tensor(some, editor.device), 1 / editor.scale_factor)
+    return vae
+
+
+def train_unet(args: argparse.Namespace, editor: Editor, vae: nn.Module, minutes: float) -> tuple[nn.Module, int]:
+    """UNet and text model, on edits or, where the UNet has no room for a picture, on captions; and the steps taken."""
+    model = nn.ModuleDict({"unet": editor.unet, "text": editor.text}).requires_grad_(True)
+    cumprod, empty = editor.alphas_cumprod.to(editor.device), editor.text.tokenize([""]).to(editor.device)
+    editing = editor.unet.in_channels == 2 * vae.post_quant_conv.in_channels
+    new = max(1, args.batch // args.reuse)  # pairs in each step
+    chunks = Chunks(draw_edits if editing else draw_captioned, new, args.twins, args.places)
+
+    @torch.no_grad()
+    def encode(pictures: np.ndarray) -> Tensor:
         with autocast(args):
-            z = vae.encode(to_tensor(pictures).to(args.device, memory_format=torch.channels_last)).float()
-        targets.append(z[: len(pairs)] * config.diffusion.scale_factor)
-        sources.append(z[len(pairs) :] if args.stage == "edit" else z[:, :0])
-        texts += [p[1] if args.stage == "edit" else world.caption(p[2]) for p in pairs]
-    return torch.cat(sources), torch.cat(targets), text.tokenize(texts).to(args.device)
+            return vae.encode(to_tensor(pictures, editor.device)).float()
+
+    def batches(step: int) -> Iterator[tuple]:
+        buffer = Buffer(args.buffer)
+        for i, (*pictures, texts) in enumerate(feed(chunks, step, args.workers)):
+            *source, target = (encode(x) for x in pictures)
+            z_img = source[0] if editing else target[:, :0]
+            buffer.add(z_img, target * editor.scale_factor, editor.text.tokenize(texts).to(editor.device))
+            if i >= PREFILL:
+                yield buffer.sample(args.batch)
+
+    def loss(z_img: Tensor, target: Tensor, tokens: Tensor) -> Tensor:
+        source = z_img * editor.scale_factor if editing and args.null_target == "source" else None
+        return denoising(model, *drop(z_img, target, tokens, empty, source), cumprod, autocast(args))
+
+    return fit(model, args.runs / "unet.pt", batches, loss, minutes, args.lr, weight_decay=0.01, **saving(args))
 
 
-def begin_from_edit(model: Editing, path: Path) -> None:
-    """Take over the averaged weights of the `edit` stage: of its first layer, those that see the noisy latent."""
-    weights = torch.load(path, weights_only=True, map_location="cpu")["ema"]
-    first = "unet.input_blocks.0.0.weight"
-    weights[first] = weights[first][:, : model.unet.in_channels]
-    model.load_state_dict(weights)
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast(args.device.partition(":")[0], torch.bfloat16, enabled=args.bf16)
 
 
-def train_unet(args, config) -> None:
-    """InstructPix2Pix's objective on pairs of the world, or latent diffusion's on captions of it; `args.reuse` draws
-    of noise for each latent encoded."""
-    vae = AutoencoderKL(config.vae).to(args.device, memory_format=torch.channels_last)
-    vae.load_state_dict(torch.load(args.runs / "vae.pt", weights_only=True, map_location="cpu")["ema"])
-    vae.eval().requires_grad_(False)
-    model = Editing(config).to(args.device)
-    model.unet.to(memory_format=torch.channels_last)
-    # the output starts at zero and so does every residual branch, as in the original
-    zero = [model.unet.out[2]]
-    for name, module in model.unet.named_modules():
-        if name.endswith(("out_layers.3", "proj_out")):
-            zero.append(module)
-    for module in zero:
-        nn.init.zeros_(module.weight)
-        nn.init.zeros_(module.bias)
-    if args.stage == "caption":
-        begin_from_edit(model, args.runs / "edit.pt")
-    ema = EMA(model, args.ema)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    run = Run(args.runs / f"{args.stage}.pt", model=model, ema=ema.module, optimizer=optimizer)
-    diffusion = config.diffusion
-    cumprod = alphas_cumprod(diffusion.linear_start, diffusion.linear_end, diffusion.timesteps).to(args.device)
-    empty = model.text.tokenize([""]).to(args.device)
-    per_pool = args.pool * args.reuse // args.batch
-    now, order, data = -1, None, None
-
-    def update(step: int) -> Tensor:
-        nonlocal now, order, data
-        if step // per_pool != now:
-            now = step // per_pool
-            data = pool(args, config, vae, model.text, FIRST_SEED + (now * PROCESSES + RANK) * args.pool, args.pool)
-            generator = torch.Generator().manual_seed(now)
-            order = torch.cat([torch.randperm(args.pool, generator=generator) for _ in range(args.reuse)])
-        rows = order[step % per_pool * args.batch :][: args.batch]
-        z_img, target, tokens = (x[rows] for x in data)
-        b = len(rows)
-
-        drop = torch.rand(b, device=args.device)  # text alone, image alone, both: 5% each
-        tokens = torch.where((drop < 0.10)[:, None], empty, tokens)
-        z_img = torch.where(((drop >= 0.05) & (drop < 0.15))[:, None, None, None], torch.zeros_like(z_img), z_img)
-
-        u = torch.rand(b, device=args.device)
-        t = ((1 - u**args.high_noise) * (len(cumprod) - 1)).round().long()
-        a = cumprod[t].float()
-        noise = torch.randn_like(target)
-        z_t = a.sqrt()[:, None, None, None] * target + (1 - a).sqrt()[:, None, None, None] * noise
-        x = torch.cat([z_t, z_img], 1).contiguous(memory_format=torch.channels_last)
-        with autocast(args):
-            eps = model.unet(x, t, model.text(tokens)).float()
-        weight = (1 / a).clamp(max=args.bound)
-        return (weight * F.mse_loss(eps, noise, reduction="none").mean((1, 2, 3))).mean()
-
-    loop(run, model, ema, optimizer, args.steps, args.lr, update)
+def saving(args: argparse.Namespace) -> dict:
+    """How often `fit` saves its state, and what a run must have begun with to go on from it."""
+    return {"save_every": args.save_every, "config": args.config, "weights": str(args.weights or "none")}
 
 
-def export(args, config) -> None:
-    """The three networks' averaged weights as one file in the original's key layout, float16."""
-    vae = torch.load(args.runs / "vae.pt", weights_only=True, map_location="cpu")["ema"]
-    stage = "edit" if config.unet.in_channels == 8 else "caption"
-    edit = torch.load(args.runs / f"{stage}.pt", weights_only=True, map_location="cpu")
-    prefixes = {
-        "unet.": "model.diffusion_model.",
-        "text.transformer.": "cond_stage_model.transformer.text_model.",
-    }
-    out = {"first_stage_model." + key: value for key, value in vae.items()}
-    for key, value in edit["ema"].items():
-        old = next(p for p in prefixes if key.startswith(p))
-        out[prefixes[old] + key.removeprefix(old)] = value
-    out = {key: value.to(torch.float16).contiguous() for key, value in out.items() if value.is_floating_point()}
-    reading.write(out, args.out, {"family": "EMA", "config": args.config, "steps": str(edit["step"])})
-    print(f"{args.out}: {len(out)} tensors, {args.out.stat().st_size / 1e6:.1f} MB, after {edit['step']} steps")
+def train(args: argparse.Namespace) -> None:
+    """From the command line's arguments to a weight file."""
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    editor, minutes = load("random", args.config, args.device, "float32"), args.minutes
+    for network in (editor.unet, editor.vae):
+        network.to(memory_format=torch.channels_last)
+    vae = editor.vae
+    if args.weights:
+        take_over(editor, load(args.weights, device=args.device, dtype="float32"))
+    else:
+        zero_last_layers(editor.unet)
+        begun = (args.runs / "unet.pt").exists()  # a UNet has learnt its latents: the autoencoder stays as it is
+        vae = train_autoencoder(args, editor, 0.0 if begun else minutes / 4)
+        minutes *= 3 / 4
+    average, steps = train_unet(args, editor, vae, minutes)
+    export({"vae": vae, "unet": average["unet"], "text": average["text"]}, args.out, args.config, steps)
+
+
+def export(networks: dict[str, nn.Module], out: Path, config: str, steps: int) -> None:
+    """One file in the original's key layout, float16, written whole or not at all."""
+    prefixes = {"vae.": "first_stage_model.", "unet.": "model.diffusion_model."}
+    prefixes["text.transformer."] = "cond_stage_model.transformer.text_model."
+    tensors = {}
+    for key, value in nn.ModuleDict(networks).state_dict().items():
+        ours = next(prefix for prefix in prefixes if key.startswith(prefix))
+        if value.is_floating_point():
+            tensors[prefixes[ours] + key.removeprefix(ours)] = value.cpu().to(torch.float16).contiguous()
+    with atomic_write(out) as f:
+        f.write(save(tensors, {"family": "EMA", "config": config, "steps": str(steps)}))
+    print(f"{out}: {len(tensors)} tensors, {out.stat().st_size / 1e6:.1f} MB, after {steps} steps")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("vae", "edit", "caption", "export"))
-    parser.add_argument("out", nargs="?", type=Path, default=Path("weights/toy.safetensors"), help="for export")
-    parser.add_argument("--config", choices=("toy", "toy-t2i"), help="default: toy-t2i for caption, else toy")
-    parser.add_argument("--runs", type=Path, default=Path("runs/toy"), help="where states are kept")
-    parser.add_argument("--steps", type=int, help="batches in all; default 4500 (vae), 9200 (edit), 8000 (caption)")
-    parser.add_argument("--batch", type=int, help="of each process; default 16 (vae), 32 (edit)")
-    parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--bf16", action="store_true", help="autocast to bfloat16: faster only where the machine has it"
-    )
-    parser.add_argument("--pool", type=int, default=4096, help="pairs encoded at a time (edit)")
-    parser.add_argument("--reuse", type=int, default=4, help="draws of noise per encoded pair (edit)")
-    parser.add_argument("--high-noise", type=float, default=1.5, help="1: uniform timesteps; more: higher ones (edit)")
-    parser.add_argument("--bound", type=float, default=50.0, help="bound of the loss weight 1 / alpha_cumprod (edit)")
-    parser.add_argument("--adds", type=float, default=0.2, help="share of pairs that practise places (edit)")
-    parser.add_argument("--ema", type=float, default=0.9995, help="decay of the weight average (edit)")
+    parser.add_argument("out", type=Path, help="the weights to write, .safetensors")
+    parser.add_argument("--config", choices=("toy", "toy-t2i"), default="toy", help="toy-t2i: captions, not edits")
+    parser.add_argument("--weights", type=Path, help="go on from these, and keep their autoencoder")
+    parser.add_argument("--runs", type=Path, help="the folder of the state; default: runs/NAME for NAME.safetensors")
+    parser.add_argument("--minutes", type=float, help="in all, those before a kill included; 5 on a GPU, 120 on a CPU")
+    parser.add_argument("--save-every", type=float, default=120.0, help="seconds between saves of the state")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    parser.add_argument("--batch", type=int, help="default: 1024 on a GPU, 32 on a CPU")
+    parser.add_argument("--lr", type=float, help="peak rate for UNet and text model; 1.2e-3 on a GPU, 8e-4 on a CPU")
+    parser.add_argument("--reuse", type=int, default=4, help="how often a pair is seen, each time with other noise")
+    parser.add_argument("--buffer", type=int, help="pairs kept as latents; default: 262144 on a GPU, 16384 on a CPU")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="that draw pictures")
+    parser.add_argument("--twins", type=float, default=0.15, help="share of pairs in which two objects have one shape")
+    parser.add_argument("--places", type=float, default=0.35, help="share of the others that practise places")
+    parser.add_argument("--null-target", choices=("source", "edited"), default="source", help='what y = "" stands for')
     args = parser.parse_args()
-    args.config = args.config or ("toy-t2i" if args.stage == "caption" else "toy")
-    config = load_config(args.config)
-    if PROCESSES > 1:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    defaults = {"vae": (4500, 16, 1.5e-3), "edit": (9200, 32, 8e-4), "caption": (8000, 32, 8e-4)}.get(
-        args.stage, (0, 0, 0.0)
-    )
-    args.steps, args.batch, args.lr = (given or d for given, d in zip((args.steps, args.batch, args.lr), defaults))
-    torch.manual_seed(0)
-    {"vae": train_vae, "edit": train_unet, "caption": train_unet, "export": export}[args.stage](args, config)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in DEFAULTS["cuda" if args.device.startswith("cuda") else "cpu"].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.runs = args.runs or Path("runs") / args.out.stem
+    if args.out.suffix != ".safetensors":
+        parser.error(f"{args.out}: the weights are written as a .safetensors file")
+    if not (0 <= args.twins <= 1 and 0 <= args.places <= 1):
+        parser.error("--twins and --places are shares: from 0 to 1")
+    if not (min(args.batch, args.reuse, args.workers) >= 1 and args.batch <= args.buffer and args.minutes >= 0):
+        parser.error(
+            "--batch, --reuse and --workers must be at least 1, --buffer at least --batch, --minutes at least 0"
+        )
+    try:
+        train(args)
+    except (EmilieError, OSError) as error:
+        parser.exit(2, f"train: {error}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A procedural world of a few shapes on a ground, and instructions whose right result is known exactly.
+"""A procedural world of a few shapes on a background, and instructions whose right result is known exactly.
 
 A `Scene` is data and `pixels` its only rendering, so that "turn the circle into a square" has one right picture.
 """
@@ -23,22 +23,22 @@ COLOURS = {
     "purple": (108, 16, 140),
     "pink": (250, 76, 172),
 }
-GROUNDS = {
+BACKGROUNDS = {
     "sand": (228, 200, 152),
     "grass": (164, 206, 136),
     "water": (140, 192, 224),
     "snow": (226, 236, 246),
     "stone": (172, 168, 176),
 }
-LOOKS = ("day", "night", "comic", "pastel")
+STYLES = ("day", "night", "comic", "pastel")
 KINDS = ("recolour", "add", "remove", "shape", "background", "style")
-STYLES = {
+STYLE_TEXTS = {
     "day": "make it day",
     "night": "make it night",
     "comic": "turn it into a comic",
     "pastel": "turn it into a pastel drawing",
 }
-CAPTION_LOOKS = {"day": "by day", "night": "at night", "comic": "as a comic", "pastel": "as a pastel drawing"}
+STYLE_CAPTIONS = {"day": "by day", "night": "at night", "comic": "as a comic", "pastel": "as a pastel drawing"}
 HELD_OUT = (("green", "circle"), ("purple", "star"), ("yellow", "square"))  # in no scene made without held_out=True
 
 
@@ -72,8 +72,8 @@ class Object:
 class Scene:
     """Everything there is to know about a picture; objects are kept in the order of `PLACES`."""
 
-    ground: str
-    look: str
+    background: str
+    style: str
     objects: tuple[Object, ...]
 
     def __post_init__(self):
@@ -81,7 +81,8 @@ class Scene:
         object.__setattr__(self, "objects", tuple(sorted(self.objects, key=lambda o: order.index(o.place))))
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """As benchmark files hold it, in which the background is the "ground" and the style the "look"."""
+        return {"ground": self.background, "look": self.style, "objects": [asdict(o) for o in self.objects]}
 
     @staticmethod
     def from_dict(d: dict) -> "Scene":
@@ -91,21 +92,21 @@ class Scene:
 # ---- from a scene to pixels
 
 
-def paint(rgb: np.ndarray, look: str) -> np.ndarray:
-    """What becomes of day colours (..., 3) under a look."""
-    if look == "night":
+def paint(rgb: np.ndarray, style: str) -> np.ndarray:
+    """What becomes of day colours (..., 3) under a style."""
+    if style == "night":
         rgb = rgb * np.array([0.40, 0.46, 0.72]) + np.array([0, 0, 10])
-    elif look == "comic":
+    elif style == "comic":
         grey = rgb.mean(-1, keepdims=True)
         rgb = grey + 1.35 * (rgb - grey)
-    elif look == "pastel":
+    elif style == "pastel":
         rgb = 0.55 * rgb + 0.45 * 255
     return rgb.clip(0, 255).astype(np.float32)
 
 
 @cache
-def ground_pixels(ground: str, look: str) -> np.ndarray:
-    """The ground (64, 64, 3) with its soft pattern: at most 8 grey levels, waves of 9 pixels and more."""
+def background_pixels(background: str, style: str) -> np.ndarray:
+    """The background (64, 64, 3) with its soft pattern: at most 8 grey levels, waves of 9 pixels and more."""
     y, x = np.mgrid[:SIZE, :SIZE] * (2 * np.pi)
     pattern = {
         "sand": lambda: 8 * np.sin(y / 16 + x / 64 + 0.8 * np.sin(x / 40)),  # dunes
@@ -113,8 +114,8 @@ def ground_pixels(ground: str, look: str) -> np.ndarray:
         "water": lambda: 6 * np.sin(y / 11 + 1.2 * np.sin(x / 22)),  # waves
         "snow": lambda: 5 * np.sin((x - y) / 45),  # drifts
         "stone": lambda: 6 * np.sin((x + y) / 22) * np.sin((x - y) / 22),  # slabs
-    }[ground]()
-    return paint(np.array(GROUNDS[ground]) + pattern[..., None], look)
+    }[background]()
+    return paint(np.array(BACKGROUNDS[background]) + pattern[..., None], style)
 
 
 @cache
@@ -144,26 +145,26 @@ def alpha(shape: str, dx: int, dy: int, outline: bool = False) -> np.ndarray:
 
 
 @cache
-def colour_pixel(colour: str, look: str) -> np.ndarray:
-    return paint(np.array(COLOURS[colour], float), look)
+def colour_pixel(colour: str, style: str) -> np.ndarray:
+    return paint(np.array(COLOURS[colour], float), style)
 
 
 INK = np.array([24, 20, 28], np.float32)
 
 
-def draw(cell: np.ndarray, o: Object, look: str) -> np.ndarray:
+def draw(cell: np.ndarray, o: Object, style: str) -> np.ndarray:
     """The pixels of a place (32, 32, 3) with an object put on them."""
-    if look == "comic":
+    if style == "comic":
         cell = cell + alpha(o.shape, o.dx, o.dy, outline=True) * (INK - cell)
-    return cell + alpha(o.shape, o.dx, o.dy) * (colour_pixel(o.colour, look) - cell)
+    return cell + alpha(o.shape, o.dx, o.dy) * (colour_pixel(o.colour, style) - cell)
 
 
 def pixels(scene: Scene) -> np.ndarray:
     """The picture of a scene, uint8 (64, 64, 3)."""
-    out = ground_pixels(scene.ground, scene.look).copy()
+    out = background_pixels(scene.background, scene.style).copy()
     for o in scene.objects:
         y, x = PLACES[o.place]
-        out[y : y + CELL, x : x + CELL] = draw(out[y : y + CELL, x : x + CELL], o, scene.look)
+        out[y : y + CELL, x : x + CELL] = draw(out[y : y + CELL, x : x + CELL], o, scene.style)
     return (out + 0.5).astype(np.uint8)
 
 
@@ -185,8 +186,8 @@ def mask(place: str) -> Image.Image:
 def scene(seed: int, held_out: bool = False) -> Scene:
     """A scene of 2 or 3 objects: with no held-out pair of colour and shape, or with at least one."""
     rng = random.Random(f"scene {seed}")
-    ground = rng.choice(list(GROUNDS))
-    look = "day" if rng.random() < 0.5 else rng.choice(LOOKS[1:])
+    background = rng.choice(list(BACKGROUNDS))
+    style = "day" if rng.random() < 0.5 else rng.choice(STYLES[1:])
     n = rng.choice((2, 3))
     while True:
         shapes, colours = rng.sample(list(SHAPES), n), rng.sample(list(COLOURS), n)
@@ -194,7 +195,21 @@ def scene(seed: int, held_out: bool = False) -> Scene:
             break
     places = rng.sample(list(PLACES), n)
     jitter = [(rng.randint(-JITTER, JITTER), rng.randint(-JITTER, JITTER)) for _ in range(n)]
-    return Scene(ground, look, tuple(Object(s, c, p, *j) for s, c, p, j in zip(shapes, colours, places, jitter)))
+    return Scene(background, style, tuple(Object(s, c, p, *j) for s, c, p, j in zip(shapes, colours, places, jitter)))
+
+
+def twins(seed: int, alike: bool = True) -> Scene:
+    """A scene of 2 to 4 objects of which two have one shape: `alike`, one colour too; else colours tell them apart."""
+    rng = random.Random(f"twins {seed}")
+    first = scene(seed)
+    one, *others = rng.sample(first.objects, len(first.objects))
+    kept = [one, *others[: rng.randint(0, len(others))]]
+    colour, taken = one.colour, {o.colour for o in kept}
+    if not alike:
+        colour = rng.choice([c for c in COLOURS if c not in taken and (c, one.shape) not in HELD_OUT])
+    place = rng.choice([p for p in PLACES if p not in {o.place for o in kept}])
+    other = Object(one.shape, colour, place, rng.randint(-JITTER, JITTER), rng.randint(-JITTER, JITTER))
+    return replace(first, objects=(*kept, other))
 
 
 def possible(scene: Scene) -> list[str]:
@@ -207,7 +222,11 @@ def possible(scene: Scene) -> list[str]:
 def instruct(
     scene: Scene, seed: int | str, kind: str | None = None, held_out: bool = False
 ) -> tuple[str, Scene, Image.Image | None]:
-    """An instruction, the scene that it must lead to, and the mask of its place (None if it is about everything)."""
+    """An instruction, the scene that it must lead to, and the mask of its place (None if it is about everything).
+
+    Where two objects share a shape, what is recoloured, reshaped or removed is one of them: of equal ones only the mask
+    tells which.
+    """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"no kind of instruction {kind!r}: choose from {', '.join(KINDS)}")
     if kind is not None and kind not in possible(scene):
@@ -216,11 +235,11 @@ def instruct(
     kind = kind or rng.choice(possible(scene))
 
     if kind == "background":
-        ground = rng.choice([g for g in GROUNDS if g != scene.ground])
-        return f"change the background to {ground}", replace(scene, ground=ground), None
+        background = rng.choice([g for g in BACKGROUNDS if g != scene.background])
+        return f"change the background to {background}", replace(scene, background=background), None
     if kind == "style":
-        look = rng.choice([k for k in LOOKS if k != scene.look])
-        return STYLES[look], replace(scene, look=look), None
+        style = rng.choice([k for k in STYLES if k != scene.style])
+        return STYLE_TEXTS[style], replace(scene, style=style), None
 
     colours = [c for c in COLOURS if c not in {o.colour for o in scene.objects}]
     shapes = [s for s in SHAPES if s not in {o.shape for o in scene.objects}]
@@ -231,14 +250,19 @@ def instruct(
         objects = (*scene.objects, Object(shape, colour, place))
         return f"add a {colour} {shape} at the {place}", replace(scene, objects=objects), mask(place)
 
+    present = [o.shape for o in scene.objects]
+    objects = [o for o in scene.objects if present.count(o.shape) > 1] or scene.objects
     if kind == "recolour":
-        pairs = [(o, replace(o, colour=c)) for o in scene.objects for c in colours]
+        pairs = [(o, replace(o, colour=c)) for o in objects for c in colours]
     elif kind == "shape":
-        pairs = [(o, replace(o, shape=s)) for o in scene.objects for s in shapes]
+        pairs = [(o, replace(o, shape=s)) for o in objects for s in shapes]
     else:
-        pairs = [(o, None) for o in scene.objects]
+        pairs = [(o, None) for o in objects]
     old, new = rng.choice([p for p in pairs if held_out or not p[1] or (p[1].colour, p[1].shape) not in HELD_OUT])
-    name = rng.choice((f"the {old.shape}", f"the {old.colour} {old.shape}"))
+    names = [f"the {old.shape}", f"the {old.colour} {old.shape}"]
+    if any(o.shape == old.shape and o.colour != old.colour for o in scene.objects):
+        del names[0]
+    name = rng.choice(names)
     objects = tuple(o for o in (new if o is old else o for o in scene.objects) if o)
     if kind == "recolour":
         text = f"make {name} {new.colour}"
@@ -262,7 +286,7 @@ def chain(seed: int, n: int, held_out: bool = False) -> tuple[Scene, list[tuple[
 def caption(scene: Scene) -> str:
     """What a scene shows, object by object: what a text-to-image model of this world is told."""
     things = " and ".join(f"a {o.colour} {o.shape} at the {o.place}" for o in scene.objects)
-    return f"{things} on {scene.ground} {CAPTION_LOOKS[scene.look]}".strip()
+    return f"{things} on {scene.background} {STYLE_CAPTIONS[scene.style]}".strip()
 
 
 def instructions() -> Iterator[str]:
@@ -273,8 +297,8 @@ def instructions() -> Iterator[str]:
         yield from (f"turn {n} into a {s}" for n in names for s in SHAPES if s != shape)
         yield from (f"remove {n}" for n in names)
         yield from (f"add a {c} {shape} at the {p}" for c in COLOURS for p in PLACES)
-    yield from (f"change the background to {g}" for g in GROUNDS)
-    yield from STYLES.values()
+    yield from (f"change the background to {g}" for g in BACKGROUNDS)
+    yield from STYLE_TEXTS.values()
 
 
 VOCABULARY = tuple(sorted({word for text in instructions() for word in text.split()}))

@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from emilie_min.app import cli
 from emilie_min.bench import data, metrics
-from emilie_min.bench.page import Table, Value, evenly
-from emilie_min.bench.report import report
+from emilie_min.bench import report as reporting
+from emilie_min.bench.page import Table, Value, evenly_spaced
+from emilie_min.bench.report import Figure, Results, measure, report
 from emilie_min.bench.run import read_run, slug
 from emilie_min.bench.study import NO_DIFFERENCE, study, tally
 from emilie_min.errors import BenchError
@@ -27,6 +29,7 @@ from emilie_min.toy import world
 
 EMILIE, IP2P, GATE = "emilie", "ip2p", "emilie:gate=eq8"
 SEEDS = (0, 1)
+NO_SCORERS = {"clip": None, "blip": None, "lpips": False}
 NASTY = 'make the square <script>alert("x")</script> & `blue`'
 SETTINGS = {
     EMILIE: {"gate": "anchor", "steps": None},
@@ -113,17 +116,26 @@ def copy(folder, tmp_path):
     return Path(shutil.copytree(folder, tmp_path / "run"))
 
 
-def table(folder, name):
-    """A table's CSV as {row: {column: text}}."""
-    rows = list(csv.DictReader(io.StringIO((folder / "report" / f"{name}.csv").read_text())))
-    return {row[next(iter(row))]: row for row in rows}
+def measured(folder):
+    return Results(read_run(folder), measure(read_run(folder), NO_SCORERS, "cpu"))
+
+
+def table(folder, title):
+    """A table of the report as {row: {column: cell}}, its numbers as they are before they are rounded."""
+    results = measured(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "curves", no_curves)
+        makers = (reporting.how_good, reporting.against_the_first, reporting.by_turn, reporting.timing)
+        sections = [make(results) for make in makers] + [reporting.what_was_run(results, {})]
+    [found] = [part for s in sections for part in s.parts if isinstance(part, Table) and part.title == title]
+    return {row[0]: dict(zip(found.columns, row)) for row in found.rows}
 
 
 def edits(folder):
     return list(csv.DictReader(io.StringIO((folder / "report" / "metrics.csv").read_text())))
 
 
-def listed(means):
+def limits(means):
     """The interval that ever more draws from these would lead to."""
     return np.percentile(np.repeat(means, 1000), (2.5, 97.5))
 
@@ -137,7 +149,7 @@ def counting(monkeypatch):
 
 def no_curves(*_):
     """In the place of figures, which take their time."""
-    return Table("none", "", (), [])
+    return Figure("none", "", "")
 
 
 # ---- numbers
@@ -155,16 +167,15 @@ def test_the_run_is_what_it_is_meant_to_be(folder):
 
 
 def test_shares_of_right_pictures(folder):
-    rows = table(folder, "correctness")
-    share = {m: {k.rstrip(" ↑↓"): v for k, v in row.items()} for m, row in rows.items()}
-    assert [float(share[m]["correct"]) for m in SETTINGS] == pytest.approx(
-        [(1 + 1 + 1 / 2) / 3, (3 / 4 + 1 + 1) / 3, 0]
-    )
-    assert [float(share[m]["whole chain correct"]) for m in SETTINGS] == pytest.approx([2 / 3, (1 / 2 + 1 + 1) / 3, 0])
-    assert [float(share[m]["kept"]) for m in SETTINGS] == pytest.approx([1, 11 / 12, (1 / 2 + 1 / 2 + 2 / 3) / 3])
-    by_turn = table(folder, "by_turn_chain")
-    assert [float(by_turn[EMILIE][f"turn {n}"]) for n in (1, 2)] == pytest.approx([1, 2 / 3])
-    assert [float(by_turn[IP2P][f"turn {n}"]) for n in (1, 2)] == pytest.approx([1, 5 / 6])
+    share = table(folder, "Right or wrong")
+    correct, whole, kept = ([share[m][f"{name} ↑"].mean for m in SETTINGS] for name in
+                            ("correct", "whole chain correct", "kept"))  # fmt: skip
+    assert correct == pytest.approx([(1 + 1 + 1 / 2) / 3, (3 / 4 + 1 + 1) / 3, 0])
+    assert whole == pytest.approx([2 / 3, (1 / 2 + 1 + 1) / 3, 0])
+    assert kept == pytest.approx([1, 11 / 12, (1 / 2 + 1 / 2 + 2 / 3) / 3])
+    by_turn = table(folder, "All pictures right up to a turn")
+    assert [by_turn[EMILIE][f"turn {n}"].mean for n in (1, 2)] == pytest.approx([1, 2 / 3])
+    assert [by_turn[IP2P][f"turn {n}"].mean for n in (1, 2)] == pytest.approx([1, 5 / 6])
 
 
 def test_one_wrong_picture_spoils_the_chain_and_one_error_ends_it(copy, monkeypatch):
@@ -180,17 +191,17 @@ def test_one_wrong_picture_spoils_the_chain_and_one_error_ends_it(copy, monkeypa
 
 
 def test_pictures_that_grow_brighter_by_3_levels_a_turn(folder):
-    row, steady = (table(folder, "pictures")[m] for m in (IP2P, EMILIE))
-    assert float(row["PSNR outside, dB ↑"]) == pytest.approx(20 * math.log10(255 / 3), abs=1e-3)
-    assert float(row["L1 to first, grey levels ↓"]) == pytest.approx(((3 + 6 + 3) / 3 + 4.5 + 4.5) / 3, abs=1e-4)
-    assert float(steady["PSNR outside, dB ↑"]) == metrics.PSNR_CAP and float(steady["L1 to first, grey levels ↓"]) == 0
-    drift = table(folder, "drift_psnr_first")[IP2P]
-    assert float(drift["turn 2"]) == pytest.approx(20 * math.log10(255 / 6), abs=1e-3)
+    row, steady = (table(folder, "Pixels")[m] for m in (IP2P, EMILIE))
+    assert row["PSNR outside, dB ↑"].mean == pytest.approx(20 * math.log10(255 / 3), abs=1e-3)
+    assert row["L1 to first, grey levels ↓"].mean == pytest.approx(((3 + 6 + 3) / 3 + 4.5 + 4.5) / 3, abs=1e-4)
+    assert steady["PSNR outside, dB ↑"].mean == metrics.PSNR_CAP and steady["L1 to first, grey levels ↓"].mean == 0
+    drift = table(folder, "PSNR to first, by turn")[IP2P]
+    assert drift["turn 2"].mean == pytest.approx(20 * math.log10(255 / 6), abs=1e-3)
 
 
-def test_intervals_are_those_of_all_resamplings(folder):
-    """Three items have 27 resamplings, which can be listed; the values are read from metrics.csv."""
-    rows = table(folder, "correctness")
+def test_intervals_are_those_of_all_resamplings_and_follow_from_metrics_csv(folder):
+    """Three items have 27 resamplings, which can be listed."""
+    rows = table(folder, "Right or wrong")
     for name in ("correct", "edited", "kept"):
         for method in SETTINGS:
             of = {}
@@ -198,29 +209,24 @@ def test_intervals_are_those_of_all_resamplings(folder):
                 if e["method"] == method and e[name]:
                     of.setdefault(e["item"], []).append(float(e[name]))
             means = [np.mean(values) for values in of.values()]
-            low, high = listed([np.mean(draw) for draw in itertools.product(means, repeat=3)])
-            row = rows[method]
-            assert float(row[f"{name} ↑"]) == pytest.approx(np.mean(means), abs=1e-4)
-            assert float(row[f"{name} ↑ low"]) == pytest.approx(low, abs=0.02)
-            assert float(row[f"{name} ↑ high"]) == pytest.approx(high, abs=0.02)
+            low, high = limits([np.mean(draw) for draw in itertools.product(means, repeat=3)])
+            cell = rows[method][f"{name} ↑"]
+            assert cell.mean == pytest.approx(np.mean(means), abs=1e-4)
+            assert (cell.low, cell.high) == pytest.approx((low, high), abs=0.02)
 
 
 def test_wins_ties_and_losses(folder):
-    rows = list(csv.DictReader(io.StringIO((folder / "report" / "pairwise.csv").read_text())))
-    of = {(row["against"], row["metric"].rstrip(" ↑↓")): row for row in rows}
-    correct = of[IP2P, "correct"]  # by item: 1/4, 0 and -1/2
-    assert [float(correct[k]) for k in ("difference", "difference low", "difference high")] == pytest.approx(
-        [-1 / 12, -1 / 2, 1 / 4], abs=1e-4
-    )
-    assert correct["emilie:"] == "ties" and of[IP2P, "L1 to first, grey levels"]["emilie:"] == "wins"
-    assert float(of[IP2P, "L1 to first, grey levels"]["difference high"]) == pytest.approx(-4, abs=1e-4)
-    assert of[GATE, "correct"]["emilie:"] == "wins"
-    said = (folder / "report" / "report.md").read_text()
-    assert "Against emilie:gate=eq8, emilie wins on correct, edited, kept" in said
-    assert "ties on whole chain correct, correct, edited" in said
+    [pairs] = reporting.against_the_first(measured(folder)).parts
+    of = {(row[0], row[1].rstrip(" ↑↓")): row for row in pairs.rows}
+    *_, difference, items, verdict = of[IP2P, "correct"]  # by item: 1/4, 0 and -1/2
+    assert (difference.mean, difference.low, difference.high) == pytest.approx((-1 / 12, -1 / 2, 1 / 4), abs=1e-4)
+    assert (items, verdict) == (3, "ties")
+    *_, difference, _, verdict = of[IP2P, "L1 to first, grey levels"]
+    assert verdict == "wins" and difference.high == pytest.approx(-4, abs=1e-4)
+    assert of[GATE, "correct"][-1] == "wins" and pairs.columns[-1] == "emilie:"
 
 
-def test_only_what_is_best_beyond_doubt_is_bold(folder):
+def test_only_what_is_significantly_best_is_bold(folder):
     lines = (folder / "report" / "report.md").read_text().splitlines()
     pixels, right = (
         next(i for i, line in enumerate(lines) if line == f"**{t}**") for t in ("Pixels", "Right or wrong")
@@ -229,15 +235,11 @@ def test_only_what_is_best_beyond_doubt_is_bold(folder):
     assert not any("**" in line for line in lines[right + 2 : right + 7])
 
 
-def test_costs_and_ablations(folder):
+def test_timing(folder):
     seconds = [turn + 0.5 * i for i in range(3) for turn in (1, 2)] * 2
-    assert float(table(folder, "costs")[EMILIE]["seconds per edit, median [quartiles]"]) == np.median(seconds)
-    assert table(folder, "costs")[IP2P]["edits"] == "11"
-    ablation = table(folder, "ablation_emilie_gate")
-    assert {m: row["gate"] for m, row in ablation.items()} == {EMILIE: "anchor", GATE: "eq8"}
-    assert float(ablation[GATE]["correct ↑"]) == 0 and float(ablation[EMILIE]["correct ↑"]) == pytest.approx(
-        5 / 6, abs=1e-4
-    )
+    times = table(folder, "Seconds")
+    assert times[EMILIE]["seconds per edit, median [quartiles]"].mean == np.median(seconds)
+    assert times[IP2P]["edits"] == 11
 
 
 # ---- the page
@@ -265,8 +267,8 @@ def test_the_page_needs_no_other_file(folder):
     text = (folder / "report" / "report.html").read_text()
     page = Page(text)
     assert not re.search(r"https?:|@import", text) and not {"script", "link", "iframe", "object"} & set(page.tags)
-    assert "img" in page.tags and "svg" in page.tags
-    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+    kinds = {re.match("#|data:image/[a-z+]+;base64,", link)[0] for link in page.links}
+    assert kinds == {"#", "data:image/png;base64,", "data:image/svg+xml;base64,"}
     assert not re.search(r"url\((?!#)", text)
 
 
@@ -274,9 +276,8 @@ def test_what_files_say_is_escaped(folder):
     text, markdown = ((folder / "report" / f"report.{kind}").read_text() for kind in ("html", "md"))
     assert NASTY in Page(text).text and "&lt;script&gt;alert(" in text
     assert "<" not in markdown.replace("<br>", "")
-    weird = Table("t", "a|b", ("x",), [("<b>|`",), (Value(0.5, 0.25, 1.0),)])
-    assert weird.markdown() == "**a\\|b**\n\n| x |\n| ---: |\n| &lt;b&gt;\\|\\` |\n| 0.50 [0.25, 1.00] |\n"
-    assert weird.csv() == "x,x low,x high\n<b>|`,,\n0.5,0.25,1\n"
+    weird = Table("a|b", ("x",), [("<b>|`\x1b[2J",), (Value(0.5, 0.25, 1.0),)])
+    assert weird.markdown() == "**a\\|b**\n\n| x |\n| ---: |\n| &lt;b&gt;\\|\\`?\\[2J |\n| 0.50 [0.25, 1.00] |\n"
 
 
 def test_a_run_that_is_not_finished_says_so_first(folder, copy, monkeypatch):
@@ -293,14 +294,20 @@ def test_a_run_that_is_not_finished_says_so_first(folder, copy, monkeypatch):
 
 def test_failed_and_missing_edits_are_named(folder):
     page = Page((folder / "report" / "report.html").read_text())
-    assert "the sampled latent is not finite" in page.text and "1 failed or came after a failure" in page.text
-    counts = table(folder, "methods")
+    assert "the sampled latent is not finite" in page.text and "LPIPS" not in page.text
+    counts = table(folder, "The methods and their edits")
     assert {m: (r["done"], r["failed"], r["missing"]) for m, r in counts.items()} == {
-        EMILIE: ("12", "0", "0"),
-        IP2P: ("11", "1", "0"),
-        GATE: ("11", "0", "1"),
+        EMILIE: (12, 0, 0),
+        IP2P: (11, 1, 0),
+        GATE: (11, 0, 1),
     }
-    assert "CLIP was not asked for" in page.text
+    assert {m: (r["gate"], r["pixels"]) for m, r in counts.items()} == {
+        EMILIE: ("anchor", ""),
+        IP2P: ("", "truncate"),
+        GATE: ("eq8", ""),
+    }
+    facts = table(folder, "The run")
+    assert facts["seeds"]["which"] == "[0, 1]" and "torch" in facts["versions"]["which"] and "lpips" not in facts
 
 
 # ---- what was measured is kept
@@ -314,22 +321,49 @@ def test_a_second_report_measures_nothing_and_is_the_same(folder, tmp_path, monk
     assert first == second
 
 
-def test_only_what_is_new_is_measured(copy, monkeypatch):
+def test_only_what_is_new_or_damaged_is_measured(copy, monkeypatch):
     calls = counting(monkeypatch)
+    monkeypatch.setattr("emilie_min.bench.report.curves", no_curves)
     at = copy / "edits" / slug(GATE) / "1" / "0003"
+
+    def count():
+        calls.clear()
+        measured(copy)
+        return len(calls)
+
+    assert count() == 0
     Image.new("RGB", (64, 64), "red").save(at / "2.png")
     (at / "2.json").write_text((at / "1.json").read_text())
-    with open(copy / "metrics.jsonl", "a") as f:
-        f.write('{"key": "cut o')  # a report was killed
-    monkeypatch.setattr("emilie_min.bench.report.curves", no_curves)
-    report(read_run(copy), grids=0)
-    report(read_run(copy), grids=0)
-    assert len(calls) == 1
+    assert (count(), count()) == (1, 0)
     Image.new("RGB", (64, 64), "blue").save(at / "1.png")
+    assert (count(), count()) == (2, 0)  # the turn, and the one that follows it
     report(read_run(copy), grids=0)
-    assert len(calls) == 3  # the turn, and the one that follows it
+    before = (copy / "report" / "metrics.csv").read_bytes()
+    good = json.loads((at / "1.metrics.json").read_text())
+    for bad in ("", "{", "5", "[" * 10**5, json.dumps({key: {"kept": "yes"} for key in good}), json.dumps({"key": 1})):
+        (at / "1.metrics.json").write_text(bad)
+        assert (count(), count()) == (1, 0)
     report(read_run(copy), grids=0)
-    assert len(calls) == 3
+    assert (copy / "report" / "metrics.csv").read_bytes() == before
+
+
+def test_a_damaged_run_is_one_line(copy, monkeypatch, capsys):
+    monkeypatch.setattr("emilie_min.bench.report.curves", no_curves)
+
+    def refused(path, change):
+        good = path.read_text()
+        path.write_text(json.dumps(json.loads(good) | change))
+        assert cli.main(["bench", "report", str(copy), "--out", str(copy / "again")]) == 2
+        path.write_text(good)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("emilie: error: ") and error.isprintable()
+        return error
+
+    assert "seeds is empty" in refused(copy / "run.json", {"seeds": []})
+    at = copy / "edits" / slug(IP2P) / "0" / "0002"
+    assert "seconds must be a whole number or a number, not '1.5'" in refused(at / "1.json", {"seconds": "1.5"})
+    (at / "1.png").write_bytes(b"\x89PNG")
+    assert "1.png cannot be read as a picture" in refused(at / "1.json", {})
 
 
 def test_scorers_are_loaded_once_and_only_if_need_be(copy, monkeypatch):
@@ -351,17 +385,18 @@ def test_scorers_are_loaded_once_and_only_if_need_be(copy, monkeypatch):
 
     monkeypatch.setattr(metrics, "ClipScorer", Clip)
     monkeypatch.setattr("emilie_min.bench.report.curves", no_curves)
-    for _ in range(2):
-        report(read_run(copy), clip="a/model", grids=0)
+    for clip in ("a/model", None, "a/model"):
+        report(read_run(copy), clip=clip, grids=0)
         assert loaded == [("a/model", "cpu")]
-    row = table(copy, "scores")[EMILIE]
-    assert [float(row[f"{name} ↑"]) for name in ("CLIP score", "CLIP direction", "CLIP image")] == [0.25, 0.75, 0.5]
+    rows = [e for e in edits(copy) if e["method"] == EMILIE]
+    assert {(e["clip"], e["direction"], e["clip_image"]) for e in rows} == {("0.25", "0.75", "0.5")}
     with pytest.raises(BenchError, match="give a CLIP model too"):
         report(read_run(copy), blip="a/model")
 
 
-def test_evenly():
-    assert evenly(list(range(10)), 3) == [0, 3, 6] and evenly([1, 2], 5) == [1, 2] and evenly([1, 2, 3], 1) == [1]
+def test_evenly_spaced():
+    assert evenly_spaced(list(range(10)), 3) == [0, 3, 6] and evenly_spaced([1, 2], 5) == [1, 2]
+    assert evenly_spaced([1, 2, 3], 1) == [1]
 
 
 # ---- the study
@@ -487,7 +522,7 @@ def test_votes_are_split(keyed, tmp_path):
     assert "5 votes of 2 raters on 3 of 3 chains" in result.note
     # EMILIE's votes by chain: 2 of 2, 0.5 of 2, 0 of 1; the 27 resamplings of chains
     sums, counts = (np.array(list(itertools.product(v, repeat=3))).sum(1) for v in ((2, 0.5, 0), (2, 2, 1)))
-    low, high = listed(100 * sums / counts)
+    low, high = limits(100 * sums / counts)
     assert (result.rows[0][1].low, result.rows[0][1].high) == pytest.approx((low, high), abs=1)
 
 
@@ -521,11 +556,11 @@ def test_answers_that_are_refused(keyed, folder, tmp_path):
     refused("answers twice", choices=[choice | {"chosen": choice["chosen"] * 2}])
     refused("a chain that the page does not have", choices=[choice | {"chain": "made up"}])
     refused("chooses a result that chain", choices=[choice | {"chain": other}])
-    refused("no file of answers", choices=[{"chain": choice["chain"]}])
-    refused("no file of answers", choices=[choice | {"chosen": [["x"]]}])
-    refused("no file of answers", choices=None)
-    refused("no file of answers", rater=3)
-    refused("no choice yet", choices=[])
+    refused("lacks 'chosen'", choices=[{"chain": choice["chain"]}])
+    refused("a result that chain", choices=[choice | {"chosen": [["x"]]}])
+    refused("choices must be a list", choices=None)
+    refused("rater must be a text", rater=3)
+    refused("choices is empty", choices=[])
     (tmp_path / "junk").write_bytes(b"\xff\x00")
     refused("cannot be read", [tmp_path / "junk"])
     refused("cannot be read", [tmp_path / "none"])
@@ -533,6 +568,23 @@ def test_answers_that_are_refused(keyed, folder, tmp_path):
         tally(good, [good])
     with pytest.raises(BenchError, match="no answers"):
         tally(key, [])
+
+
+@pytest.mark.parametrize("methods", [5, "emilie", [], [1], None, {}, [EMILIE, IP2P]])
+def test_a_damaged_key_is_one_line(methods, keyed, tmp_path, capsys):
+    _, key = keyed
+    given = answers(key, tmp_path / "a", "Ann", {"0001": [EMILIE]})
+    key.write_text(json.dumps(json.loads(key.read_text()) | {"methods": methods}))
+    assert cli.main(["bench", "tally", str(key), str(given)]) == 2
+    assert re.search(r"methods\b.*(must be|is empty)|none of its methods", capsys.readouterr().err)
+
+
+def test_a_key_cannot_write_to_the_terminal(keyed, tmp_path, capsys):
+    _, key = keyed
+    given = answers(key, tmp_path / "a", "Ann", {"0001": [EMILIE]})
+    key.write_text(key.read_text().replace(f'"{EMILIE}"', r'"\u001b[2J\ud800"'))
+    assert cli.main(["bench", "tally", str(key), str(given)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
 
 
 # ---- in a browser
@@ -613,11 +665,13 @@ def choose(browser, key, item_to_method):
 def test_the_report_in_a_browser(folder, browser):
     opened(browser, folder / "report" / "report.html")
     assert browser.get_log("browser") == []
-    assert "3 ways to edit" in browser.title and len(find(browser, "section")) == 8
+    assert "3 ways to edit" in browser.title and len(find(browser, "section")) == 6
     broken = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).length"
     assert browser.execute_script(broken) == 0 and len(find(browser, "img")) > 20
-    [drift] = [s for s in find(browser, "svg") if "PSNR to first, dB" in s.text]
-    assert "emilie:gate=eq8" in drift.text and drift.size["width"] > 300
+    figures = find(browser, "figure img")
+    assert len(figures) == 2 and all(figure.size["width"] > 300 for figure in figures)
+    drift = (folder / "report" / "drift.svg").read_text()
+    assert "PSNR to first, dB" in drift and "emilie:gate=eq8" in drift
     wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
     assert browser.execute_script(wide) <= 0
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
@@ -15,11 +17,13 @@ import emilie_min as emilie
 from emilie_min.app import cli
 from emilie_min.bench import data
 from emilie_min.bench.cli import which_shard
-from emilie_min.bench.run import read_run, run, slug, state
+from emilie_min.bench.run import Models, read_run, run, state
+from emilie_min.canvas import images
 from emilie_min.errors import BenchError, CheckpointError, SamplingError
 from emilie_min.methods import METHODS, Request, parse
 from emilie_min.toy import world
 
+RANDOM = Models("random", device="cpu")
 MINE = """
 import os
 from dataclasses import dataclass, replace
@@ -61,6 +65,19 @@ def bench(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def plan(bench, tmp_path_factory):
+    out = tmp_path_factory.mktemp("planned") / "run"
+    run(bench, ["ip2p"], out, [0], RANDOM, steps=1, shard=(9, 9))
+    return out
+
+
+@pytest.fixture
+def planned(plan, tmp_path):
+    """A run that has no edits yet, to be changed."""
+    return shutil.copytree(plan, tmp_path / "planned")
+
+
 @pytest.fixture
 def mine(tmp_path):
     path = tmp_path / "mine.py"
@@ -80,10 +97,6 @@ def files(folder):
     return out
 
 
-def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def requests():
     return [Request("make it night", world.mask("top left")), Request("make it day"), Request("turn it into a comic")]
 
@@ -101,7 +114,7 @@ def follow(method, picture, seed=5):
 
 def test_emilie_as_a_method_is_a_canvas_session_bit_for_bit(editor, picture):
     method = METHODS["emilie"](editor, gate="guidance", steps=2)
-    canvas = editor.open(picture, seed=5)
+    canvas = emilie.open(picture, editor, seed=5)
     for chain, request in zip(follow(method, picture), requests()):
         image = canvas.edit(request.instruction, request.mask, gate="guidance", steps=2)
         assert chain.image.tobytes() == image.tobytes()
@@ -110,7 +123,7 @@ def test_emilie_as_a_method_is_a_canvas_session_bit_for_bit(editor, picture):
 
 
 def test_iterative_instruct_pix2pix_is_the_canvas_that_iterates_pictures(editor, picture):
-    canvas = editor.open(picture, seed=5)
+    canvas = emilie.open(picture, editor, seed=5)
     for chain, request in zip(follow(METHODS["ip2p"](editor, pixels="round", steps=2), picture), requests()):
         image = canvas.edit(request.instruction, steps=2, iterate="image")  # it has no masks
         assert chain.image.tobytes() == image.tobytes() and torch.equal(chain.latent, canvas.latent)
@@ -127,7 +140,7 @@ def test_truncation_darkens_by_half_a_level_and_float_skips_the_picture(editor, 
     again = METHODS["ip2p"](editor, pixels="round", steps=2)
     assert torch.equal(runs["float"][0].latent, runs["round"][0].latent)
     assert not torch.equal(runs["float"][1].latent, runs["round"][1].latent)
-    assert not torch.equal(z_img, editor.encode(runs["round"][0].image))
+    assert not torch.equal(z_img, editor.encode(images.to_tensor(runs["round"][0].image)))
     assert again.edit(runs["round"][0], requests()[1]).latent.equal(runs["round"][1].latent)
 
 
@@ -209,7 +222,7 @@ def test_a_method_of_ones_own_comes_from_a_file(mine, tmp_path):
 
 
 def test_a_run_is_on_disk_and_says_what_it_was(bench, mine, tmp_path):
-    done = run(bench, ["emilie", f"{mine}:strength=2"], tmp_path / "run", [1, 0], "random", steps=1)
+    done = run(bench, ["emilie", f"{mine}:strength=2"], tmp_path / "run", [1, 0], RANDOM, steps=1)
     assert state(done) == (0, 0)
     info = done.info
     assert info["seeds"] == [0, 1] and info["models"]["instructions"] == {"name": "toy/random", "sha256": None}
@@ -219,7 +232,7 @@ def test_a_run_is_on_disk_and_says_what_it_was(bench, mine, tmp_path):
     item = done.items[0]
     folder = tmp_path / "run" / "edits" / "emilie" / "1" / item.id
     assert Image.open(folder / "0.png").tobytes() == Image.open(item.image).tobytes()
-    canvas = emilie.load("random", "toy", device="cpu").open(item.image, seed=1)
+    canvas = emilie.open(item.image, emilie.load("random", "toy", device="cpu"), seed=1)
     for number, turn in enumerate(item.turns, 1):
         image = canvas.edit(turn.instruction, turn.mask, steps=1)
         outcome = done.outcome("emilie", 1, item.id, number)
@@ -230,10 +243,10 @@ def test_a_run_is_on_disk_and_says_what_it_was(bench, mine, tmp_path):
 
 def test_a_killed_run_goes_on_without_redoing_or_losing_an_edit(bench, mine, tmp_path, monkeypatch):
     def go(out):
-        return run(bench, ["emilie", mine], out, [0, 1], "random", steps=1)
+        return run(bench, ["emilie", mine], out, [0], RANDOM, steps=1)
 
     go(tmp_path / "whole")
-    for stop in (2, 7):  # in the middle of a chain, and between two
+    for stop in (2, 5):  # in the middle of a chain, and between two
         out = tmp_path / f"stopped-{stop}"
         monkeypatch.setenv("STOP_AT", str(stop))
         with pytest.raises(KeyboardInterrupt):
@@ -248,60 +261,120 @@ def test_a_killed_run_goes_on_without_redoing_or_losing_an_edit(bench, mine, tmp
 
 def test_shards_give_what_one_process_gives(bench, tmp_path):
     for i in (1, 2, 3):
-        done = run(bench, ["emilie", "concat"], tmp_path / "shards", [0, 1], "random", shard=(i, 3), steps=1)
-        assert state(done)[0] == 24 - 8 * i
-    run(bench, ["emilie", "concat"], tmp_path / "one", [0, 1], "random", steps=1)
+        done = run(bench, ["emilie", "concat"], tmp_path / "shards", [0], RANDOM, shard=(i, 3), steps=1)
+        assert state(done)[0] == 12 - 4 * i
+    run(bench, ["emilie", "concat"], tmp_path / "one", [0], RANDOM, steps=1)
     assert files(tmp_path / "shards") == files(tmp_path / "one")
 
 
 def test_a_method_without_randomness_is_run_under_one_seed(bench, mine, tmp_path):
     path = tmp_path / "still.py"
     path.write_text(MINE.replace("    editor: object", "    seeded = False\n    editor: object"))
-    done = run(bench, [f"{path}:Mine"], tmp_path / "run", [3, 4], "random")
+    done = run(bench, [f"{path}:Mine"], tmp_path / "run", [3, 4], RANDOM)
     assert state(done) == (0, 0) and sys.modules["emilie_method_still"].Mine.edits == 6
-    three, four = (files_of(tmp_path / "run" / "edits" / slug(f"{path}:Mine") / seed) for seed in ("3", "4"))
-    assert three == four and len(three) == 3 * (1 + 2 * 2)
+    three, four = ([done.outcome(f"{path}:Mine", seed, item.id, 2) for item in done.items] for seed in (3, 4))
+    assert three == four and all(result.image.is_file() for result in three)
+    info = json.loads((tmp_path / "run" / "run.json").read_text())  # of a run by an earlier version, a folder a seed
+    info["methods"][f"{path}:Mine"].pop("seeded")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info))
+    assert state(read_run(tmp_path / "run")) == (12, 0)
+    assert state(run(bench, [f"{path}:Mine"], tmp_path / "run", [4], RANDOM)) == (6, 0)
 
 
 def test_a_failed_edit_is_recorded_ends_its_chain_alone_and_is_tried_again(bench, mine, tmp_path, capsys):
     spec = f"{mine}:fail_at=2"
-    done = run(bench, [spec, "ip2p"], tmp_path / "run", [0], "random", steps=1)
+    done = run(bench, [spec, "ip2p"], tmp_path / "run", [0], RANDOM, steps=1)
     assert state(done) == (0, 3)
     outcome = done.outcome(spec, 0, done.items[0].id, 2)
     assert outcome.error == "as asked" and outcome.image is None
     assert done.outcome(spec, 0, done.items[0].id, 1).image.is_file()
     before = sys.modules["emilie_method_mine"].Mine.edits
-    run(bench, [spec, "ip2p"], tmp_path / "run", [0], "random", steps=1)
+    run(bench, [spec, "ip2p"], tmp_path / "run", [0], RANDOM, steps=1)
     again = sys.modules["emilie_method_mine"].Mine.edits  # the file was run anew, so its count began anew
     assert (before, again) == (6, 3)
 
 
 def test_further_methods_and_seeds_join_a_run_but_other_settings_do_not(bench, tmp_path):
     out = tmp_path / "run"
-    run(bench, ["ip2p"], out, [0], "random", steps=1)
-    done = run(bench, ["concat"], out, [2], "random", steps=1)
+    run(bench, ["ip2p"], out, [0], RANDOM, steps=1)
+    done = run(bench, ["concat"], out, [2], RANDOM, steps=1)
     assert list(done.info["methods"]) == ["ip2p", "concat"] and done.info["seeds"] == [0, 2]
     assert state(done) == (12, 0)  # each has run on its own seed only
     assert list(read_run(out, ["concat", "ip2p"]).info["methods"]) == ["concat", "ip2p"]
     with pytest.raises(BenchError, match="no method 'emilie', but: ip2p, concat"):
         read_run(out, ["emilie"])
-    with pytest.raises(BenchError, match="ip2p with other settings"):
-        run(bench, ["ip2p"], out, [0], "random", steps=2)
-    with pytest.raises(BenchError, match="other weights"):
-        run(bench, ["ip2p"], out, [0], None, steps=1)
+    with pytest.raises(BenchError, match=r"other methods \(ip2p\)"):
+        run(bench, ["ip2p"], out, [0], RANDOM, steps=2)
+    with pytest.raises(BenchError, match=r"other models \(instructions\)"):
+        run(bench, ["ip2p"], out, [0], steps=1)
+
+
+def test_a_setting_that_json_has_no_word_for_is_no_other_setting(bench, tmp_path):
+    path = tmp_path / "pair.py"
+    path.write_text(MINE.replace("fail_at: int | None = None", "fail_at: int | None = None\n    pair: tuple = (1, 2)"))
+    for _ in range(2):
+        assert state(run(bench, [f"{path}:Mine"], tmp_path / "run", [0], RANDOM)) == (0, 0)
 
 
 def test_a_benchmark_that_changed_is_told(tmp_path):
     data.make(tmp_path / "bench", scenes=1, turns=1)
-    run(tmp_path / "bench", ["ip2p"], tmp_path / "run", [0], "random", steps=1)
+    run(tmp_path / "bench", ["ip2p"], tmp_path / "run", [0], RANDOM, steps=1)
     lines = (tmp_path / "bench" / "bench.jsonl").read_text()
     (tmp_path / "bench" / "bench.jsonl").write_text(lines + "\n")
     with pytest.raises(BenchError, match="has changed since"):
         read_run(tmp_path / "run")
     with pytest.raises(BenchError, match="another bench_sha256"):
-        run(tmp_path / "bench", ["ip2p"], tmp_path / "run", [0], "random", steps=1)
-    with pytest.raises(BenchError, match="is no run"):
+        run(tmp_path / "bench", ["ip2p"], tmp_path / "run", [0], RANDOM, steps=1)
+    with pytest.raises(BenchError, match="run.json cannot be read"):
         read_run(tmp_path)
+    with pytest.raises(BenchError, match="one method and one seed"):
+        run(tmp_path / "bench", ["ip2p"], tmp_path / "run", [], RANDOM)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("seeds", [], "seeds is empty"),
+        ("seeds", "0", "seeds must be a list"),
+        ("seeds", [True], r"seeds\[0\] must be a whole number"),
+        ("methods", {}, "methods is empty"),
+        ("methods", {"ip2p": 5}, "methods.ip2p must be an object"),
+        ("methods", {"\x1b[2J": {"class": "A", "needs": "b", "settings": {}}}, r"damaged: it names '\\x1b\[2J'"),
+        ("bench", 5, "bench must be a text"),
+        ("bench", "\x1b[2J", "damaged"),
+        ("continued_with", 5, "continued_with must be a list"),
+        ("versions", None, "versions must be an object"),
+        ("models", [1], "models must be an object"),
+    ],
+)
+def test_a_damaged_run_is_told(field, value, message, planned, bench):
+    info = json.loads((planned / "run.json").read_text())
+    (planned / "run.json").write_text(json.dumps(info | {field: value}))
+    with pytest.raises(BenchError, match=message) as error:
+        read_run(planned)
+    assert str(error.value).isprintable()
+
+
+def test_a_damaged_run_is_not_continued(planned, bench):
+    info = json.loads((planned / "run.json").read_text())
+    (planned / "run.json").write_text(json.dumps(info | {"models": [1]}))
+    with pytest.raises(BenchError, match="models must be an object"):
+        run(bench, ["ip2p"], planned, [0], RANDOM, steps=1)
+
+
+def test_a_damaged_record_is_told(bench, tmp_path):
+    out = tmp_path / "run"
+    done = run(bench, ["ip2p"], out, [0], RANDOM, steps=1, shard=(3, 3))
+    path = done.folder("ip2p", 0, done.items[2].id) / "2.json"
+    good = json.loads(path.read_text())
+    assert done.outcome("ip2p", 0, done.items[2].id, 2).seconds > 0
+    bad = [good | {"seconds": s} for s in ("1", None, float("nan"), 10**400)] + [good | {"error": 1}, [], 5, {}]
+    for record in bad:
+        path.write_text(json.dumps(record))
+        with pytest.raises(BenchError, match="2.json is not the record of an edit"):
+            read_run(out).outcome("ip2p", 0, done.items[2].id, 2)
+    path.write_text(json.dumps(good | {"error": "a\x1b[2J\nb"}))
+    assert read_run(out).outcome("ip2p", 0, done.items[2].id, 2).error == "a?[2J?b"
 
 
 # ---- the command
@@ -318,19 +391,66 @@ def test_torchrun_and_shard_split_the_work():
             which_shard(text, {})
 
 
-def test_the_command_from_making_a_benchmark_to_a_run_by_two_processes(tmp_path, capsys):
+def run_command(folder, out):
+    return ["bench", "run", folder, "--methods", "emilie", "--steps", "1", "--weights", "random", "--device", "cpu",
+            "--out", out]  # fmt: skip
+
+
+def test_the_command_from_making_a_benchmark_to_a_run_in_two_parts(tmp_path, monkeypatch, capsys):
     folder, out = str(tmp_path / "bench"), str(tmp_path / "run")
     assert cli.main(["bench", "make", folder, "--scenes", "2", "--turns", "1"]) == 0
     assert cli.main(["bench", "check", folder]) == 0
     assert "2 items, 2 turns" in capsys.readouterr().out
-    command = [sys.executable, "-m", "emilie_min", "bench", "run", folder, "--methods", "emilie", "--steps", "1"]
-    command += ["--weights", "random", "--device", "cpu", "--out", out]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, left in (0, "1 edits missing"), (1, "complete"):
+        monkeypatch.setenv("RANK", str(rank))
+        assert cli.main(run_command(folder, out)) == 0
+        assert left in capsys.readouterr().out
+    assert state(read_run(out)) == (0, 0)
+
+
+def test_a_run_takes_the_config_that_the_command_names(bench, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["bench", "run", str(bench), "--methods", "ip2p", "--weights", "random", "--out", str(out)]
+    assert cli.main([*command, "--config", "toy-t2i", "--device", "cpu"]) == 2
+    assert "toy-t2i/random takes 4 channels" in capsys.readouterr().err
+
+
+UNINSTALLED = """
+import importlib.metadata, runpy, sys
+known = importlib.metadata.version
+def version(name):
+    if name == "emilie_min":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return known(name)
+importlib.metadata.version = version
+sys.argv[0] = "emilie"
+runpy.run_module("emilie_min", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_clone_that_is_not_installed(tmp_path):
+    folder, out = str(tmp_path / "bench"), str(tmp_path / "run")
+    data.make(folder, scenes=2, turns=1)
+    command = [sys.executable, "-c", UNINSTALLED, *run_command(folder, out)]
     ranks = [
         subprocess.Popen(command, env=os.environ | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2"})
         for r in (0, 1)
     ]
     assert [rank.wait(120) for rank in ranks] == [0, 0]
     assert state(read_run(out)) == (0, 0)
+
+
+def test_a_run_needs_no_metadata_of_an_installed_package(bench, tmp_path, monkeypatch):
+    def missing(name):
+        if name == "emilie_min":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr("emilie_min.bench.run.version", missing)
+    done = run(bench, ["ip2p"], tmp_path / "run", [0], RANDOM, steps=1, shard=(9, 9))
+    assert done.info["versions"]["emilie_min"] == emilie.__version__
 
 
 @pytest.mark.parametrize(

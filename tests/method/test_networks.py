@@ -7,7 +7,8 @@ import pytest
 import torch
 from pseudo import error, manifest
 
-from emilie_min.checkpoint import files, reading
+from emilie_min.checkpoint import reading
+from emilie_min.checkpoint.networks import meta_networks
 from emilie_min.config import load_config
 from emilie_min.errors import CheckpointError, ImageError
 from emilie_min.unet import SpatialTransformer, timestep_embedding
@@ -27,7 +28,7 @@ def entries(name="manifest", channels=None):
         shape = entry["shape"]
         if channels and key in first:
             shape = [shape[0], channels, *shape[2:]]
-        out[key] = reading.Entry(getattr(torch, entry["dtype"]), tuple(shape), (), 0)
+        out[key] = reading.Entry(getattr(torch, entry["dtype"]), tuple(shape))
     return out
 
 
@@ -91,7 +92,7 @@ def test_timestep_embedding():
 def test_raw_weights_are_another_model(networks, goldens, small_config, small_ckpt):
     """The averaged weights give the golden, the raw ones the original's raw output, and the two are far apart."""
     raw = {key: entry for key, entry in reading.index(small_ckpt).items() if not key.startswith(reading.EMA)}
-    unaveraged = files.meta_networks(small_config)
+    unaveraged = meta_networks(small_config)
     assert reading.load(unaveraged, small_ckpt, "cpu", torch.float32, raw).family == "raw"
     inputs = [goldens[f"unet.sq.{name}"] for name in ("x", "t", "context")]
     assert error(unaveraged["unet"](*inputs), goldens["unet.sq.eps_raw_weights"]) <= SINGLE
@@ -143,7 +144,7 @@ def test_images_that_cannot_be_encoded(networks, height, width):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, close", [(torch.float16, 1e-2), (torch.bfloat16, 6e-2)])
 def test_half_precision(networks, goldens, small_config, small_ckpt, dtype, close):
-    nets = files.meta_networks(small_config)
+    nets = meta_networks(small_config)
     reading.load(nets, small_ckpt, "cpu", dtype)
     assert all(p.dtype == dtype for net in nets.values() for p in net.parameters())
     x, t, context = (goldens[f"unet.sq.{name}"] for name in ("x", "t", "context"))
@@ -160,14 +161,14 @@ def test_half_precision(networks, goldens, small_config, small_ckpt, dtype, clos
 
 def test_the_released_files_keys_and_shapes():
     """All 1831 tensors of the released checkpoint are a parameter of the full-size networks or named as unused."""
-    released, networks = entries(), files.meta_networks(load_config("ip2p"))
+    released, networks = entries(), meta_networks(load_config("ip2p"))
     assert len(released) == 1831
     wanted, report = reading.check(networks, released, "released")
     assert report.family == "EMA"
     assert {part: len(names) for part, names in wanted.items()} == {"unet": 686, "vae": 248, "text": 196}
     assert sum(report.dropped.values()) == 1831 - 686 - 248 - 196
     assert sorted(report.dropped.values()) == [1, 2, 12, 686]
-    assert reading.fits(released) == "ip2p"
+    assert reading.detect_config(released) == "ip2p"
     raw_only = {key: entry for key, entry in released.items() if not key.startswith(reading.EMA)}
     wanted, report = reading.check(networks, raw_only, "pruned")
     assert report.family == "raw" and set(wanted["unet"].values()) <= raw_only.keys()
@@ -175,26 +176,26 @@ def test_the_released_files_keys_and_shapes():
 
 def test_ema_names_have_lost_their_dots():
     """EMA names lose their dots; the manifest of the original says which parameter each one follows."""
-    ema_of, networks = manifest("manifest")["ema_of"], files.meta_networks(load_config("ip2p"))
-    keys, _ = reading.file_keys(networks, ema_of)
+    ema_of, networks = manifest("manifest")["ema_of"], meta_networks(load_config("ip2p"))
+    keys, _ = reading.key_map(networks, ema_of)
     assert {key: reading.RAW + name for name, key in keys["unet"].items()} == ema_of
 
 
 def test_stable_diffusions_keys_and_shapes():
-    networks = files.meta_networks(load_config("sd15"))
+    networks = meta_networks(load_config("sd15"))
     four = entries(channels=4)
-    assert reading.fits(four) == "sd15"
+    assert reading.detect_config(four) == "sd15"
     reading.check(networks, four, "sd15")
     with pytest.raises(CheckpointError, match="320x8x3x3 and should be 320x4x3x3"):
         reading.check(networks, entries(), "ip2p as sd15")
-    assert reading.fits(entries(channels=9)) is None  # an inpainting model
+    assert reading.detect_config(entries(channels=9)) is None  # an inpainting model
 
 
 def test_the_small_model_has_the_same_keys(small_config):
-    small, networks = entries("small_manifest"), files.meta_networks(small_config)
+    small, networks = entries("small_manifest"), meta_networks(small_config)
     _, report = reading.check(networks, small, "small")
     assert report.family == "EMA"
-    assert reading.fits(small) is None  # so that it needs --config
+    assert reading.detect_config(small) is None  # so that it needs --config
 
 
 def test_networks_keep_no_gradient_and_no_dropout(networks):

@@ -1,5 +1,7 @@
 """The toy world keeps its own rules, and its judge accepts the right picture and no other."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -12,15 +14,15 @@ from PIL import Image, ImageFilter
 from emilie_min.config import load_config
 from emilie_min.toy.judge import TOLERANCE, judge, psnr, read
 from emilie_min.toy.world import (
+    BACKGROUNDS,
     CAPTION_VOCABULARY,
     COLOURS,
-    GROUNDS,
     HELD_OUT,
     KINDS,
-    LOOKS,
     PLACES,
     SHAPES,
     SIZE,
+    STYLES,
     VOCABULARY,
     Object,
     Scene,
@@ -33,7 +35,10 @@ from emilie_min.toy.world import (
     possible,
     render,
     scene,
+    twins,
 )
+
+TEXTS = set(instructions())
 
 
 def pairs(s):
@@ -41,7 +46,7 @@ def pairs(s):
 
 
 def check(s):
-    assert s.ground in GROUNDS and s.look in LOOKS and 1 <= len(s.objects) <= 4
+    assert s.background in BACKGROUNDS and s.style in STYLES and 1 <= len(s.objects) <= 4
     for part in ("shape", "colour", "place"):
         assert len({getattr(o, part) for o in s.objects}) == len(s.objects)
     assert [o.place for o in s.objects] == [p for p in PLACES if p in {o.place for o in s.objects}]
@@ -49,10 +54,10 @@ def check(s):
 
 
 def varied(n):
-    """Scenes of 1 to 4 objects in every look, with and without held-out pairs."""
+    """Scenes of 1 to 4 objects in every style, with and without held-out pairs."""
     for i in range(n):
         first, steps = chain(i, i % 4, held_out=i % 8 > 3)
-        yield replace(steps[-1][1] if steps else first, look=LOOKS[i % 4])
+        yield replace(steps[-1][1] if steps else first, style=STYLES[i % 4])
 
 
 # ---- world
@@ -79,15 +84,15 @@ def test_same_in_another_process():
 
 
 def test_scenes_and_chains_obey_the_rules():
-    looks = []
+    styles = []
     for seed in range(400):
         first, steps = chain(seed, 5)
-        looks.append(first.look)
+        styles.append(first.style)
         assert first == scene(seed) and len(first.objects) in (2, 3)
         for s in (first, *(after for _, after, _ in steps)):
             check(s)
             assert not set(pairs(s)) & set(HELD_OUT)
-    assert 0.4 < looks.count("day") / len(looks) < 0.6 and set(looks) == set(LOOKS)
+    assert 0.4 < styles.count("day") / len(styles) < 0.6 and set(styles) == set(STYLES)
 
 
 def test_held_out_scenes_hold_a_held_out_pair():
@@ -119,11 +124,11 @@ def test_an_instruction_changes_what_it_says_and_nothing_else(kind):
         check(after)
         old, new = set(before.objects) - set(after.objects), set(after.objects) - set(before.objects)
         if kind in ("background", "style"):
-            part = "ground" if kind == "background" else "look"
+            part = "background" if kind == "background" else "style"
             assert where is None and after == replace(before, **{part: getattr(after, part)}) != before
             assert getattr(after, part) in words
             continue
-        assert (after.ground, after.look) == (before.ground, before.look)
+        assert (after.background, after.style) == (before.background, before.style)
         assert (len(old), len(new)) == {"add": (0, 1), "remove": (1, 0)}.get(kind, (1, 1))
         o, n = next(iter(old), None), next(iter(new), None)
         assert where.mode == "L" and where.tobytes() == mask((o or n).place).tobytes()
@@ -164,6 +169,58 @@ def test_vocabulary_covers_all_instructions():
         assert {text for text, _, _ in chain(seed, 4, held_out=bool(seed % 2))[1]} <= texts
 
 
+def test_nothing_of_the_world_has_changed():
+    """Scenes, instructions and pictures are what weights, the demo and benchmark folders were made of."""
+    told, drawn = hashlib.sha256(), hashlib.sha256()
+    for seed in (*range(-5, 20), *range(10**6, 10**6 + 20), *range(2 * 10**6, 2 * 10**6 + 20)):
+        for held_out in (False, True):
+            first, steps = chain(seed, 6, held_out)
+            told.update(json.dumps([first.to_dict()] + [[text, after.to_dict()] for text, after, _ in steps]).encode())
+            drawn.update(pixels(first))
+            for _, after, where in steps:
+                drawn.update(pixels(after))
+                drawn.update(where.tobytes() if where else b"-")
+                drawn.update(caption(after).encode())
+    assert told.hexdigest() == "9a9851894185ae2df9968aecad6e67cc6a582bd11a7b38286e9e63ef6df59dc1"
+    assert drawn.hexdigest() == "17e0132d09f6b31a526142ce44696b3307c0efcc32bbf6c3069bdb9605a667af"
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_twins(alike):
+    """Two objects of one shape; an instruction is about one of them, and names it as well as words can."""
+    for seed in range(200):
+        before = twins(seed, alike)
+        assert before == twins(seed, alike) and len(before.objects) <= 4
+        assert len({o.place for o in before.objects}) == len(before.objects)
+        assert not set(pairs(before)) & set(HELD_OUT)
+        one, other = (o for o in before.objects if [p.shape for p in before.objects].count(o.shape) == 2)
+        assert (one.colour == other.colour) == alike
+        assert len(set(pairs(before))) == len(before.objects) - alike
+        changed = set()
+        for kind in ("recolour", "shape", "remove"):
+            text, after, where = instruct(before, seed, kind)
+            (gone,) = set(before.objects) - set(after.objects)
+            changed.add(gone)
+            assert gone in (one, other) and where.tobytes() == mask(gone.place).tobytes()
+            assert f"the {gone.colour} {gone.shape}" in text or alike and f"the {gone.shape}" in text
+            assert text in TEXTS
+        if seed < 20:
+            assert read(render(before)).scene == before and judge(pixels(after), after, before).correct
+    sizes = {len(twins(seed, alike).objects) for seed in range(200)}
+    assert sizes == {2, 3, 4}
+
+
+def test_the_judge_tells_one_twin_from_the_other():
+    for seed in range(6):
+        before = twins(seed)
+        for kind in ("recolour", "remove"):
+            text, after, _ = instruct(before, seed, kind)
+            others = (instruct(before, i, kind)[:2] for i in range(99))
+            other = next(a for t, a in others if a != after and t.split()[-1] == text.split()[-1])
+            assert judge(pixels(after), after, before).correct
+            assert not judge(pixels(other), after, before).edited
+
+
 def test_pictures():
     s = scene(3)
     assert pixels(s).shape == (SIZE, SIZE, 3) and pixels(s).dtype == np.uint8
@@ -178,7 +235,7 @@ def test_pictures():
 def test_every_true_picture_is_read_exactly():
     for s in varied(200):
         reading = read(render(s))
-        assert reading.scene == s and reading.ground_rms == max(reading.place_rms.values()) == 0
+        assert reading.scene == s and reading.background_rms == max(reading.place_rms.values()) == 0
         verdict = judge(pixels(s), s)
         assert verdict.correct and verdict.why == "" and verdict.edited is verdict.kept is None
 
@@ -227,7 +284,7 @@ def test_an_edit_that_spoils_the_rest_is_edited_but_not_kept():
 
 def test_ghosts_and_half_made_edits_are_wrong():
     for seed in range(25):
-        before = replace(scene(seed), look="day")
+        before = replace(scene(seed), style="day")
         for kind in ("add", "remove", "recolour"):
             _, after, where = instruct(before, seed, kind)
             ghost = (pixels(after).astype(int) + pixels(before)) // 2
@@ -238,10 +295,10 @@ def test_ghosts_and_half_made_edits_are_wrong():
             assert not judge(half, after, before).edited
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_an_object_may_be_off_by_the_tolerance(look):
+@pytest.mark.parametrize("style", STYLES)
+def test_an_object_may_be_off_by_the_tolerance(style):
     o = Object("star", "red", "bottom left", 1, -1)
-    s = Scene("water", look, (o, Object("cross", "pink", "top right")))
+    s = Scene("water", style, (o, Object("cross", "pink", "top right")))
     for off in range(1, 5):
         moved = replace(s, objects=(replace(o, dx=o.dx - off), s.objects[0]))
         assert judge(pixels(moved), s).correct == (off <= TOLERANCE)
@@ -265,7 +322,7 @@ def test_a_caption_names_everything_and_no_more():
     captions = {caption(s): s for s in (step[1] for seed in range(200) for step in chain(seed, 3)[1])}
     for text, s in captions.items():  # two scenes with one caption differ in positions only
         assert all(word in CAPTION_VOCABULARY for word in text.split())
-        assert f"on {s.ground}" in text and len(text.split(" and ")) == max(1, len(s.objects))
+        assert f"on {s.background}" in text and len(text.split(" and ")) == max(1, len(s.objects))
 
 
 def test_both_models_know_the_words_in_one_order():

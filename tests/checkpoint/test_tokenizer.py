@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from emilie_min.checkpoint.tokenizer import Tokenizer
 from emilie_min.config import TextConfig, load_config
 from emilie_min.errors import InstructionError, TokenizerError
 from emilie_min.text import TextEncoder
@@ -26,7 +27,8 @@ def folder(tmp_path_factory):
 
 def encoder(*folders, **ids) -> TextEncoder:
     ids = {"vocab_size": 518, "bos_token_id": 516, "eos_token_id": 517, "pad_token_id": 517, **ids}
-    return TextEncoder(TextConfig(**SMALL, **ids, version="nobody/nothing"), folders)
+    config = TextConfig(**SMALL, **ids, version="nobody/nothing")
+    return TextEncoder(config, Tokenizer(config, folders))
 
 
 def test_clip_tokens_are_merged_marked_and_padded(folder, tmp_path):
@@ -66,13 +68,52 @@ def test_another_models_tokenizer(folder):
         encoder(folder, vocab_size=100).tokenize(["make it"])
 
 
+@pytest.mark.parametrize("change", [lambda v: v.pop("<|endoftext|>"), lambda v: v.clear()])
+def test_a_vocabulary_without_the_end_token(folder, tmp_path, change):
+    vocab = json.loads((folder / "vocab.json").read_text())
+    change(vocab)
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_bytes((folder / "merges.txt").read_bytes())
+    with pytest.raises(TokenizerError, match="no <.endoftext.>.*emilie download --tokenizer"):
+        encoder(tmp_path).tokenize(["make it"])
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"3", b"{\x1b[2J", b"\xff", b"[" * 100_000])
+def test_tokenizer_files_that_are_none(folder, tmp_path, content):
+    (tmp_path / "vocab.json").write_bytes(content)
+    (tmp_path / "merges.txt").write_bytes((folder / "merges.txt").read_bytes())
+    with pytest.raises(TokenizerError, match="cannot be read") as caught:
+        encoder(tmp_path).tokenize(["make it"])
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+
+
+def test_texts_that_are_no_text(folder):
+    with pytest.raises(InstructionError, match="half a character"):
+        encoder(folder).tokenize(["make \ud83d it"])
+    with pytest.raises(InstructionError) as caught:
+        encoder(folder).tokenize(["make it " * 100_000])
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("version", ["", "..", "a b", "a/b/c", "a\x1b[2J"])
+def test_a_version_that_no_hub_model_can_have(version):
+    config = TextConfig(**SMALL, version=version)
+    with pytest.raises(TokenizerError, match="emilie download --tokenizer") as caught:
+        Tokenizer(config)(["make it"])
+    assert str(caught.value).isprintable()
+
+
 def test_small_models_words():
     params = load_config("toy").text
-    text = TextEncoder(params)
+    text = TextEncoder(params, Tokenizer(params))
     row = text.tokenize(["Make it night."])[0].tolist()
     assert row[:5] == [62, *(params.words.index(w) for w in ("make", "it", "night")), 63] and set(row[5:]) == {63}
     with pytest.raises(InstructionError, match="does not know 'winter'; its words are: a add .* yellow"):
         text.tokenize(["make it winter"])
+    for words in ("w" * 10**6, "winter " * 10**5, "\x1b[2J"):
+        with pytest.raises(InstructionError, match="does not know") as caught:
+            text.tokenize([words])
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 500
 
 
 def test_the_small_models_config_knows_the_worlds_words():
