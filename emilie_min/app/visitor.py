@@ -35,10 +35,7 @@ class Visitor:
         self.canvas: Canvas | None = None
         self.name = ""  # of the files to save
         self.paint: Image.Image | None = None  # the mask of an edit that was undone, so that it can be tried again
-        self.uploaded: tuple[str, tempfile.TemporaryDirectory | None] = (
-            "",
-            None,
-        )  # a file's name; where it lies, if whole
+        self.uploaded: tuple[str, tempfile.TemporaryDirectory | None] = ("", None)  # a file's name, and its folder
         self.busy, self.stopped = threading.Lock(), False
 
     def open_uploaded(self) -> str:

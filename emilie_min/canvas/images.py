@@ -15,6 +15,8 @@ from ..errors import ImageError, MaskError, SamplingError
 
 SMALLEST, LARGEST = 16, 4096**2  # px: the shortest side of an input; the area of a working picture
 
+FORMATS = {"PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"}  # and no more: for an EPS file Pillow starts a program
+
 Picture = Image.Image | np.ndarray | str | Path
 Box = tuple[int, int, int, int]
 Mask = Picture | Box
@@ -37,7 +39,7 @@ def read_image(picture: Picture) -> Image.Image:
 def _open(picture: Picture, error: type[Exception]) -> Image.Image:
     if isinstance(picture, (str, Path)):
         try:
-            with Image.open(picture) as file:
+            with Image.open(picture, formats=sorted(FORMATS & set(Image.registered_extensions().values()))) as file:
                 file.load()
                 picture = file.copy() if not file.getexif().get(0x0112) else ImageOps.exif_transpose(file)
         except Image.DecompressionBombError as cause:

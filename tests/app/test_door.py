@@ -197,6 +197,16 @@ def test_uploads(caller, tmp_path, monkeypatch):
     assert list((tmp_path / "temp").iterdir()) == [] and caller.visitor.canvas is canvas
 
 
+def test_an_upload_starts_no_program(caller, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    called = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **more: called.append(args))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
+    assert caller.upload("photo.png", eps) == 204
+    assert "photo.png cannot be read as a picture" in caller.do(OPENED, [None]) and not called
+
+
 def test_one_visitor_never_sees_anothers(page, caller):
     from pages import Caller
 
