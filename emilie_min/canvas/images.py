@@ -1,6 +1,7 @@
 """Pictures and masks on their way in and out: from what `pictures` opens to tensors, and back."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,10 +9,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
+from ..checkpoint.writing import atomic_write
 from ..emilie import Editor
 from ..errors import ImageError, MaskError, SamplingError, note
 from . import masks
-from .pictures import SIDEWAYS, SMALLEST, TURNS, Picture, Source, open_picture, read_stored, tell
+from .pictures import SIDEWAYS, SMALLEST, TURNS, Picture, Source, open_picture, read_stored, srgb_profile, tell
 
 LARGEST = 4096**2  # px: the area of a working picture
 
@@ -34,6 +36,16 @@ def read_image(picture: Picture) -> Image.Image:
         image = Image.alpha_composite(white, image).convert("RGB")
         image.info = info
     return image
+
+
+def save(image: Image.Image, path: Path) -> Path:
+    """A PNG that says that it is sRGB, whole or not at all; -> the path. Raises ImageError."""
+    try:
+        with atomic_write(path) as f:
+            image.save(f, format="PNG", icc_profile=srgb_profile())
+    except OSError as error:
+        raise ImageError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
 
 
 def fit_size(size: tuple[int, int], resolution: int | str, multiple: int) -> tuple[int, int]:

@@ -1,0 +1,236 @@
+"""`emilie edit`: a picture, edited by one instruction after another, each anywhere or in a mask."""
+
+import argparse
+import glob
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+from ..canvas.settings import CHOICES, Settings
+from ..errors import CanvasError, InstructionError, MaskError, printable
+from .options import add_model_options, add_path_options, edit_with_bar, load_editor, writable
+
+LONGEST_NAME, LONGEST_STEM = 225, 180  # bytes: of 255, what the endings and a half-written file's name leave
+
+HELP = {  # of the fields of Settings that are options
+    "soft": "keep the masks' greys instead of thresholding them",
+    "gate": "what a mask does (default: anchor)",
+    "keep_background": "outside a mask keep the pixels, to the bit",
+    "rescale": "how the factor f is found (default: paper)",
+    "iterate": "what the next edit starts from",
+    "steps": "sampling steps; more is slower and finer",
+    "sampler": "dpmpp_2m*: for few steps",
+    "guidance_interval": "guide only between these noise levels (sigmas)",
+    "reuse": "run the deep layers at every N-th step only",
+    "text_scale": "how strongly to follow the instruction",
+    "image_scale": "how closely to stay with the picture",
+    "seed": "of all noise (default: 0, or what the --canvas began with)",
+}
+METAVARS = {"guidance_interval": "LOW,HIGH", "reuse": "N"}
+READ = {  # what an option's text becomes, by the field's type
+    int: int,
+    int | None: int,
+    float | None: float,
+    tuple[float, float] | None: lambda text: tuple(text.split(",")),
+}
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("input", metavar="IMAGE", help="the picture; may be left out with a --canvas that exists")
+    sub.add_argument("instructions", metavar="INSTRUCTION", nargs="*", help="what to change; several are done in turn")
+    sub.add_argument("--mask", action="append", default=[], metavar="N=FILE", help="edit N only where FILE is white")
+    sub.add_argument("--box", action="append", default=[], metavar="N=X0,Y0,X1,Y1", help="edit N only in this box, px")
+    sub.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="N=WHERE:INSTRUCTION",
+        help="do this too in edit N, in the same pass; WHERE: a mask's FILE or X0,Y0,X1,Y1. What edit N itself says "
+        "then holds in its own mask or, without one, everywhere else",
+    )
+    for field in fields(Settings):  # which checks the values
+        if field.name in HELP:
+            given = dict(help=HELP[field.name], default=field.default)
+            if field.type is bool:
+                given |= dict(action="store_true")
+            else:
+                given |= dict(type=READ.get(field.type), choices=CHOICES.get(field.name))
+                given |= dict(metavar=METAVARS.get(field.name))
+            sub.add_argument("--" + field.name.replace("_", "-"), **given)
+    sub.add_argument("--resolution", type=resolution, help='longer side to work at, in px, or "native"')
+    sub.add_argument("--input-size", action="store_true", help="write pictures at the input's size")
+    sub.add_argument("--canvas", type=Path, metavar="FILE", help="keep the session here; goes on with one that exists")
+    sub.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the pictures")
+    add_model_options(sub)
+    add_path_options(sub)
+
+
+def resolution(text: str) -> int | str:
+    return text if text == "native" else int(text)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..canvas import images
+    from ..canvas.canvas import open as open_canvas
+    from ..canvas.session import is_session
+    from ..canvas.strip import strip
+
+    changes = {name: getattr(args, name) for name in HELP}
+    Settings(**changes)  # what no edit can use is told before anything is loaded
+    going_on = args.canvas is not None and os.path.exists(args.canvas)
+    if going_on and not os.path.exists(args.input) and not looks_like_a_file(args.input):
+        args.input, args.instructions = None, [args.input, *args.instructions]
+    if going_on and not is_session(args.canvas):
+        raise CanvasError(f"{args.canvas} is there and no canvas: name another file with --canvas")
+    if going_on and args.resolution is not None:
+        raise CanvasError("--resolution belongs to the start of a session, and --canvas goes on with one")
+    if not args.instructions:
+        raise InstructionError('no instruction: say what to change, as in `emilie edit photo.png "make it winter"`')
+    if not all(text.strip() for text in args.instructions):
+        raise InstructionError("an instruction is empty: say what to change")
+    edits = read_edits(args)
+    if args.input is None and args.input_size:
+        raise CanvasError("--input-size needs the picture as first argument: the canvas keeps its working size only")
+    original = images.read_image(args.input) if args.input is not None else None
+
+    editor = load_editor(args)
+    if going_on:
+        canvas = open_canvas(args.canvas, editor)
+        opened = canvas.states[0].image
+        refit = images.crop if canvas.native else images.fit
+        if original is not None and refit(original, opened.size).tobytes() != opened.tobytes():
+            raise CanvasError(f"{args.canvas} is a session on another picture than {args.input}")
+    else:
+        canvas = open_canvas(original, editor, args.seed or 0, args.resolution)
+    for regions in edits:  # so that the last edit's mask does not fail after an hour of edits
+        canvas.read_regions([mask for _, mask in regions], args.soft)
+        editor.text.tokenize([text for text, _ in regions])
+    folder = writable(args.out)
+    if args.canvas is not None:
+        writable(args.canvas.parent, "--canvas")
+
+    stem = Path(args.input).stem if args.input is not None else args.canvas.name.removesuffix(".safetensors")
+    stem = stem.removesuffix(".canvas") if args.input is None else stem
+    first = len(canvas.states)
+    with claimed(folder, stem, range(first, first + len(edits)), going_on, args.canvas) as (name, session):
+        cells = [(canvas.image, "input" if canvas.at == 0 else canvas.state.instruction, None)]
+        for i, regions in enumerate(edits, 1):
+            masked = all(mask is not None for _, mask in regions)
+            image = edit_with_bar(canvas, i, regions, **changes | {"keep_background": args.keep_background and masked})
+            cells.append((image, canvas.state.instruction, canvas.state.mask))
+            mask = canvas.edited_mask() if args.input_size else None
+            out = images.restore_size(image, original, canvas.native, mask) if args.input_size else image
+            path = images.save(out, folder / f"{name}_{canvas.at}.png")
+            canvas.save(session)
+            print(f"wrote {path} and {session}")
+        strip_name = f"{name}_{canvas.at}_strip.png" if going_on else f"{name}_strip.png"
+        print(f"wrote {images.save(strip(cells), folder / strip_name)}")
+
+
+def read_edits(args: argparse.Namespace) -> list[list[tuple]]:
+    """The instructions, --mask N=FILE, --box N=X0,Y0,X1,Y1 and --also -> of each edit its (instruction, mask) pairs."""
+    masks, also = {}, {n: [] for n in range(1, len(args.instructions) + 1)}
+    examples = {"--mask": "2=mask.png", "--box": "2=10,10,200,200", "--also": '"2=mask.png:make it blue"'}
+    for option, values in (("--mask", args.mask), ("--box", args.box), ("--also", args.also)):
+        for value in values:
+            number, _, what = value.partition("=")
+            if not number.isdecimal() or not what:
+                raise MaskError(f"{option} {value}: say which edit it is for, as in {option} {examples[option]}")
+            if int(number) not in also:
+                raise MaskError(f"{option} {value}: there is no edit {number}, only 1 to {len(also)}")
+            if option == "--also":
+                where, text = place_and_text(what)
+                if not where or not text.strip():
+                    raise InstructionError(f"{option} {value}: say where and what, as in {option} {examples[option]}")
+                is_box = set(where) <= set("0123456789,- ")
+                also[int(number)].append((text.strip(), read_box(where, f"{option} {value}") if is_box else where))
+                continue
+            if int(number) in masks:
+                raise MaskError(f"{option} {value}: edit {number} has a mask already")
+            masks[int(number)] = read_box(what, f"{option} {value}") if option == "--box" else what
+    if args.keep_background and not masks:
+        raise MaskError("--keep-background needs a --mask or --box: without one there is no background")
+    return [[(text, masks.get(n)), *also[n]] for n, text in enumerate(args.instructions, 1)]
+
+
+def place_and_text(what: str) -> tuple[str, str]:
+    """Of WHERE:INSTRUCTION, the file up to the last colon that leaves one that exists, else up to the first colon.
+
+    The colon behind a drive's letter is not taken for that one.
+    """
+    colons = [match.start() for match in re.finditer(":", what) if what[match.start() + 1 :].strip()]
+    found = [at for at in colons if os.path.isfile(what[:at])]
+    drive = re.match(r"[A-Za-z]:[\\/]", what) is not None
+    rest = [at for at in colons if not (drive and at == 1)]
+    at = found[-1] if found else rest[0] if rest else -1
+    return (what[:at], what[at + 1 :]) if at >= 0 else (what, "")
+
+
+def read_box(text: str, option: str) -> tuple[int, ...]:
+    try:
+        box = tuple(int(v) for v in text.split(","))
+    except ValueError:
+        box = ()
+    if len(box) != 4:
+        raise MaskError(f"{option}: a box is four whole numbers X0,Y0,X1,Y1")
+    return box
+
+
+def looks_like_a_file(text: str) -> bool:
+    from PIL import Image
+
+    return os.sep in text or Path(text).suffix.lower() in Image.registered_extensions()
+
+
+@contextmanager
+def claimed(folder: Path, stem: str, numbers: range, going_on: bool, canvas: Path | None) -> Iterator[tuple[str, Path]]:
+    """A name for the files of this run and where its session goes, taken before anything is computed.
+
+    `stem`, or `stem-2`, ...: the first of which no file is there, so that no run overwrites another, also none at the
+    same time: each file is made, empty, by the run that gets it, and goes at the end if it is still empty. numbers: of
+    the pictures; those of a session that goes on may stand beside its earlier ones. Raises CanvasError.
+    """
+    while len(os.fsencode(stem)) > LONGEST_STEM:
+        stem = stem[:-1]
+    count = 1
+    while True:
+        name = stem if count == 1 else f"{stem}-{count}"
+        session = canvas or folder / f"{name}.canvas.safetensors"
+        strip = folder / (f"{name}_{numbers[-1]}_strip.png" if going_on else f"{name}_strip.png")
+        paths = [folder / f"{name}_{number}.png" for number in numbers] + [strip]
+        taken = not going_on and any(folder.glob(f"{glob.escape(name)}_[0-9]*.png"))
+        made = [] if taken else make_new(paths if going_on or canvas else [*paths, session])
+        if made:
+            break
+        count += 1
+    try:
+        if canvas and not going_on:
+            if not make_new([canvas]):
+                raise CanvasError(f"{canvas} was made by another run meanwhile: name another file with --canvas")
+            made.append(canvas)
+        yield name, session
+    finally:
+        for path in made:
+            if path.exists() and not path.stat().st_size:
+                path.unlink()
+
+
+def make_new(paths: list[Path]) -> list[Path]:
+    """Empty files at all of these paths; at none, and [], where one is there already. Raises CanvasError."""
+    made: list[Path] = []
+    for path in paths:
+        if len(os.fsencode(path.name)) > LONGEST_NAME:
+            raise CanvasError(f"the name {printable(path.name, 60)} is too long for a file: choose a shorter one")
+        try:
+            path.open("xb").close()
+        except OSError as error:
+            for each in made:
+                each.unlink()
+            if isinstance(error, FileExistsError):
+                return []
+            raise CanvasError(f"cannot write {printable(path)}: {error.strerror}") from error
+        made.append(path)
+    return made
