@@ -118,8 +118,9 @@ class Editor:
         """
         k, b = len(x), len(x[0])
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu").expand(b)
-        t = sampling.sigma_to_t(sigma, self.log_sigmas).float().to(self.device)
-        sigma = sigma.float().to(self.device)[:, None, None, None]
+        unblocked = self.device.type == "cuda"  # the host need not wait for the device to have them
+        t = sampling.sigma_to_t(sigma, self.log_sigmas).float().to(self.device, non_blocking=unblocked)
+        sigma = sigma.float().to(self.device, non_blocking=unblocked)[:, None, None, None]
         z_t = [y / (sigma**2 + 1).sqrt() for y in x]
         stacked = torch.cat([torch.cat([z, z_img.expand_as(z)], dim=1) for z, z_img in zip(z_t, seen)])  # (kB, 8, h, w)
         context = torch.cat([c.expand(b, -1, -1) for c in told])

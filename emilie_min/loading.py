@@ -19,8 +19,9 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     tokenizer: str | Path | None = None,
-    compile: bool = False,
+    compile: bool | None = False,
     low_memory: bool = False,
+    plain: bool = False,
     ema: str = "auto",
 ) -> Editor:
     """Networks from a file, ready to edit.
@@ -28,8 +29,12 @@ def load(
     weights: None = the small model that ships, a .ckpt or .safetensors path, a folder that diffusers wrote, or
     "random"; config: one of `config.BUILT_IN`, a YAML path, or None = told by the file's tensors; device, dtype: None =
     CUDA in float16 if there is one, else CPU in float32; tokenizer: a folder with CLIP's vocab.json and merges.txt;
-    compile: the fast path, the same results to rounding, see `faster.fast`; low_memory: slower, see
-    `faster.low_memory`; ema: which of two UNets, see `checkpoint.reading.key_map`.
+    ema: which of two UNets, see `checkpoint.reading.key_map`.
+
+    Three ways give the same results to rounding. On CUDA the default replays the network's calls as CUDA graphs, see
+    `faster.graph`; compile: on CUDA torch.compile first, which takes its time once, see `faster.compile`, on a CPU a
+    faster forward pass that needs no compiler, see `faster.fast`, None: that on a CPU alone, as the command does;
+    low_memory: slower, see `faster.low_memory`. plain: none of these, every step as `emilie.py` and `unet.py` read.
     Raises CheckpointError, ConfigError.
     """
     if tokenizer and not all(os.path.isfile(Path(tokenizer) / name) for name in TOKENIZER_FILES):
@@ -43,6 +48,10 @@ def load(
         dtype = getattr(torch, dtype)
     if compile and low_memory:
         raise EmilieError("compile needs the networks where low_memory does not leave them: choose one")
+    if plain and (compile or low_memory):
+        raise EmilieError("plain is the network without compile and low_memory: choose one")
+    if compile and device.type not in ("cuda", "cpu"):
+        raise EmilieError(f"compile is for CUDA and the CPU, and this is {device}: leave it out")
     held = (device, dtype)
     if low_memory:
         held = ("cpu", torch.float16 if (device.type, dtype) == ("cpu", torch.float32) else dtype)
@@ -74,12 +83,26 @@ def load(
         else:
             family = reading.load(networks, weights, *held, entries, ema).family
     model = f"{config.name if config.name in BUILT_IN else Path(config.name).stem}/{Path(weights).name}"
-    kind = Editor
-    if compile:
-        from .faster.fast import FastEditor as kind
-    elif low_memory:
-        from .faster.low_memory import LowMemoryEditor as kind
+    kind = Editor if plain else editor_class(device, compile, low_memory)
     return kind(config, **networks, device=device, dtype=dtype, model=model, family=family)
+
+
+def editor_class(device: torch.device, compile: bool | None, low_memory: bool) -> type[Editor]:
+    """How an editor on a device computes: see `load`."""
+    if low_memory:
+        from .faster.low_memory import LowMemoryEditor
+
+        return LowMemoryEditor
+    if device.type == "cuda":
+        from .faster.compile import CompiledEditor
+        from .faster.graph import GraphEditor
+
+        return CompiledEditor if compile else GraphEditor
+    if device.type == "cpu" and compile is not False:
+        from .faster.fast import FastEditor
+
+        return FastEditor
+    return Editor
 
 
 def weights_folders() -> list[Path]:

@@ -21,17 +21,27 @@ def add_model_options(sub: argparse.ArgumentParser) -> None:
 
 
 def add_path_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--compile", action="store_true", help="faster, the same result; a GPU compiles minutes, once")
+    sub.add_argument("--compile", action="store_true", help="on a GPU: faster still, compiles for about a minute, once")
     sub.add_argument("--ema", choices=EMA_CHOICES, default="auto", help=EMA_HELP)
     sub.add_argument("--low-memory", action="store_true", help="slower, the same result; for a GPU of 4 GB, or without")
+    sub.add_argument("--plain", action="store_true", help="the network as it reads: no CUDA graphs, no faster CPU path")
 
 
 def load_editor(args: argparse.Namespace):
     """The `Editor` of these options, told in a line."""
     from ..loading import load
 
-    model = args.weights, args.config, args.device, args.dtype, args.tokenizer
-    editor = load(*model, args.compile, args.low_memory, ema=args.ema)
+    editor = load(
+        args.weights,
+        args.config,
+        args.device,
+        args.dtype,
+        args.tokenizer,
+        args.compile or None,
+        args.low_memory,
+        args.plain,
+        args.ema,
+    )
     print(f"{editor.model}: {editor.family} weights, {editor.dtype}, {editor.device}".replace("torch.", ""))
     return editor
 

@@ -1,19 +1,16 @@
-"""The fast path, `load(..., compile=True)`: the readable networks' results to rounding, with less work and no waiting.
+"""On a CPU `load(compile=True)`: the readable network's results to rounding, with less work.
 
 What an edit does not change from step to step is computed once: the text's keys and values and, for all steps, the
 timesteps' embeddings, which become biases of convolutions. Branches that see the same picture are one until the text
 tells them apart, and a branch that guidance cancels out is not run. Weights lie channels last, so that a feature map
-and a list of cells are the same memory. Products add into their residuals. On a CPU the feed-forward layers work
-through rows that fit its cache, and convolutions after an upsampling leave out what they would compute on copies. On
-CUDA a step is compiled and replayed as one graph, and nothing in the loop waits for the GPU. What each of these
-brought: `notebooks/speed/README.md`.
+and a list of cells are the same memory. Products add into their residuals. Feed-forward layers work through rows that
+fit the CPU's cache, and convolutions after an upsampling leave out what they would compute on copies. What each of
+these brought: `notebooks/speed/README.md`.
 """
 
-import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from operator import is_not
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,37 +19,60 @@ from torch import Tensor, nn
 from .. import sampling
 from ..attention import attention
 from ..emilie import Editor
-from ..errors import EmilieError
+from ..sampling import Scale
 from ..unet import ResBlock, SpatialTransformer, UNetModel, Upsample, timestep_embedding
-from .deepcache import DeepCache
+from .deepcache import SHALLOW, DeepCache
+from .graph import network_state
 
-CACHE = Path.home() / ".cache" / "emilie_min" / "compiled"
 GEMM_MAX_CELLS = 256  # cells of a batch at which a convolution's time on a CPU is its weights'
-FF_CHUNK = 1024  # of a feed-forward layer at once on a CPU: 10 MB of the widest layer's features
+FF_CHUNK = 1024  # of a feed-forward layer at once: 10 MB of the widest layer's features
+ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1.6e-1}  # relative error that rounding explains
 
 
 class FastEditor(Editor):
-    """An `Editor` whose branches take the fast path; its networks stay what they are and can be used as ever."""
+    """An `Editor` whose branches take the fast path; its networks stay what they are and can be used as ever.
+
+    The fast path is a second forward pass over the same weights. So it is compared with the network that it stands for
+    when it is made, and again whenever a layer's code or weights are others. Where they differ a warning says so, and
+    the network itself runs; so it does while it has hooks.
+    """
+
+    compiled = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.step = self.fast = FastUNet(self.unet)
-        self.compiled = False
+        self.fast = FastUNet(self.unet)
         self.biases: dict[float, Tensor] = {}  # of every noise level so far
         self.keys: tuple[list[Tensor], Tensor] | None = None  # texts as rows, and their keys and values
-        if self.device.type == "cuda":
-            self.vae.to(memory_format=torch.channels_last)
-            self.compile(mode="max-autotune")
+        self.compared: tuple[Hashable, bool] = (None, False)  # the network's state then, and whether they agreed
+        self.stands_in()
 
-    def compile(self, **options) -> None:
-        """Compile the step, at the first edit of each size; options: of `torch.compile`."""
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
-        where = os.environ["TORCHINDUCTOR_CACHE_DIR"]
-        warnings.warn(f"the first edit at each size compiles for minutes, once: kept in {where}", stacklevel=2)
-        torch._dynamo.config.recompile_limit = 64  # of sizes, branches and reuse in a long session, not of one function
-        self.step, self.compiled = torch.compile(self.fast, fullgraph=True, dynamic=False, **options), True
+    def stands_in(self) -> bool:
+        """Whether the fast path may run in the network's place: they agree on one small latent."""
+        unet = self.unet.unet if isinstance(self.unet, DeepCache) else self.unet
+        state = network_state(unet)
+        if state is not None and self.compared[0] != state:
+            self.biases, self.keys = {}, None
+            apart = self.fast.distance(unet, self.config.unet.context_dim, self.dtype)
+            if not apart <= ROUNDING[self.dtype]:
+                warnings.warn(
+                    f"the fast path is off by {apart:.2g} of what the network gives: somebody changed a layer, so the "
+                    "network itself runs",
+                    stacklevel=2,
+                )
+            self.compared = state, apart <= ROUNDING[self.dtype]
+        return state is not None and self.compared[1]
 
-    def denoise(self, x, sigma, z_img, cond, uncond, text_scale, image_scale) -> Tensor:
+    def denoise(
+        self,
+        x: Tensor,
+        sigma: Scale,
+        z_img: Tensor,
+        cond: Tensor,
+        uncond: Tensor,
+        text_scale: Scale,
+        image_scale: Scale,
+    ) -> Tensor:
         """As `Editor.denoise`, without the branches that cancel out in guidance."""
         text_one, image_one = (not isinstance(scale, Tensor) and scale == 1 for scale in (text_scale, image_scale))
         if not image_one:
@@ -63,11 +83,13 @@ class FastEditor(Editor):
         return sampling.guide(cond, img_cond, img_cond, text_scale, image_scale)
 
     @torch.no_grad()
-    def branches(self, x, sigma, seen, told) -> list[Tensor]:
+    def branches(
+        self, x: Sequence[Tensor], sigma: Scale, seen: Sequence[Tensor], told: Sequence[Tensor]
+    ) -> list[Tensor]:
         """As `Editor.branches`: rows that see the same are one until a text tells them apart, and what is the same at
         every step, a text's keys and values, is kept; in the plain way where the rows' noise levels differ."""
         levels = torch.as_tensor(sigma, dtype=torch.float32).reshape(-1)
-        if (levels != levels[0]).any():
+        if (levels != levels[0]).any() or not self.stands_in():
             return super().branches(x, sigma, seen, told)
         level, b, pairs = levels[0].item(), len(x[0]), [(id(y), id(z)) for y, z in zip(x, seen)]
         first = list(dict.fromkeys(pairs))
@@ -77,7 +99,7 @@ class FastEditor(Editor):
         rows = tuple(first.index(pair) for pair in pairs)
         cache = self.unet if isinstance(self.unet, DeepCache) else None
         deep = None if cache is None or cache.is_full_step(len(x) * b) else cache.deep[cache.branch]
-        eps, kept = self.run(stacked, self.bias(level), self.told(told, b), rows, deep)
+        eps, kept = self.fast(stacked, self.bias(level), self.told(told, b), rows, deep)
         if cache is not None:
             cache.deep[cache.branch] = kept
         return [y - level * e for y, e in zip(x, eps.float().chunk(len(x)))]
@@ -86,7 +108,7 @@ class FastEditor(Editor):
         """What the timestep's embedding becomes, kept for every noise level."""
         if sigma not in self.biases:
             t = sampling.sigma_to_t(torch.tensor([sigma], dtype=torch.float64), self.log_sigmas).float()
-            self.biases[sigma] = self.fast.biases(t.to(self.device), self.dtype)[0]
+            self.biases[sigma] = self.fast.biases(t, self.dtype)[0]
         return self.biases[sigma]
 
     def told(self, texts: Sequence[Tensor], b: int) -> Tensor:
@@ -96,24 +118,13 @@ class FastEditor(Editor):
             self.keys = list(texts), self.fast.keys(rows)
         return self.keys[1]
 
-    def run(self, *inputs) -> tuple[Tensor, Tensor]:
-        """One call of the step; what it returns is the caller's. Raises EmilieError where it cannot be compiled."""
-        if not self.compiled:
-            return self.step(*inputs)
-        torch.compiler.cudagraph_mark_step_begin()
-        try:
-            return tuple(y.clone() for y in self.step(*inputs))  # the graph's own memory is overwritten by the next
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
-            raise EmilieError(f"the network cannot be compiled here: {reason}. Load it without compile") from error
-
 
 class FastUNet(nn.Module):
     """`UNetModel` over the same weights, from each picture's rows to each branch's, with what an edit keeps given."""
 
     def __init__(self, unet: UNetModel):
         super().__init__()
-        unet.to(memory_format=torch.channels_last)
+        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self.time_embed, self.model_channels, self.out = unet.time_embed, unet.model_channels, unet.out
         self.resblocks, self.transformers = nn.ModuleList(), nn.ModuleList()
         self.input_blocks = nn.ModuleList(self.wrap(block) for block in unet.input_blocks)
@@ -142,7 +153,19 @@ class FastUNet(nn.Module):
         attns = [block.attn2 for block in self.transformers]
         return torch.cat([layer(context) for attn in attns for layer in (attn.to_k, attn.to_v)], dim=2)
 
-    def forward(self, x: Tensor, bias: Tensor, keys: Tensor, rows: tuple[int, ...], deep: Tensor | None):
+    @torch.no_grad()
+    def distance(self, unet: UNetModel, context_dim: int, dtype: torch.dtype) -> float:
+        """||ours - the network's|| / ||the network's||, of three branches of two small latents."""
+        draw, side, rows = torch.Generator().manual_seed(0), 2 * 2**unet.num_downsamples, (0, 0, 1)
+        x = torch.randn(2, unet.in_channels, side, side, generator=draw).to(dtype)
+        t, context = torch.tensor([417.3]), torch.randn(len(rows), 77, context_dim, generator=draw).to(dtype)
+        theirs = unet(x[list(rows)], t.expand(len(rows)), context).float()
+        ours, _ = self(x, self.biases(t, dtype)[0], self.keys(context), rows)
+        return ((ours.float() - theirs).norm() / theirs.norm()).item()
+
+    def forward(
+        self, x: Tensor, bias: Tensor, keys: Tensor, rows: tuple[int, ...], deep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x: (RB, 8, h, w), R pictures; bias: a row of `biases`; keys: of k branches; rows: each branch's picture.
 
         deep: None, or from an earlier call, to be used again. -> eps (kB, 4, h, w), deep.
@@ -150,7 +173,6 @@ class FastUNet(nn.Module):
         biases = bias.split([block.conv.out_channels for block in self.resblocks])
         keys = keys.split([c for block in self.transformers for c in 2 * [block.attn2.to_k.out_features]], dim=2)
         b = keys[0].shape[0] // len(rows)
-        k = DeepCache.SHALLOW
 
         def expand_to_branches(y: Tensor) -> Tensor:  # from the pictures' rows to the branches'
             if y.shape[0] == keys[0].shape[0]:
@@ -168,16 +190,16 @@ class FastUNet(nn.Module):
             return x
 
         skips = []
-        for block in self.input_blocks if deep is None else self.input_blocks[:k]:
+        for block in self.input_blocks if deep is None else self.input_blocks[:SHALLOW]:
             x = run(block, x)
             skips.append(x)
         if deep is None:
             x = run(self.middle_block, x)
-            for block in self.output_blocks[:-k]:
+            for block in self.output_blocks[:-SHALLOW]:
                 x = run(block, torch.cat([expand_to_branches(x), expand_to_branches(skips.pop())], dim=1))
             deep = expand_to_branches(x)
         x = deep
-        for block in self.output_blocks[-k:]:
+        for block in self.output_blocks[-SHALLOW:]:
             x = run(block, torch.cat([x, expand_to_branches(skips.pop())], dim=1))
         return self.out(x), deep
 
@@ -207,8 +229,6 @@ class FastUpsample(nn.Module):
         self.conv = layer.conv
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, 2H, 2W)
-        if x.device.type != "cpu":  # seen to pay on a CPU only
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         b, c, height, width = x.shape
         out = x.new_empty(b, c, 2 * height, 2 * width).to(memory_format=torch.channels_last)
         taps = self.conv.weight.permute(0, 2, 3, 1)  # (C, 3, 3, C), as it lies in memory
@@ -248,7 +268,7 @@ class FastTransformer(nn.Module):
         h = add_linear(h, attention(q, k, v).transpose(1, 2).flatten(2), self.attn2.to_out[0])
         (value, gate), (value_bias, gate_bias) = self.up.weight.chunk(2), self.up.bias.chunk(2)
         rows = h.view(-1, channels)
-        for part in rows.split(FF_CHUNK if x.device.type == "cpu" else len(rows)):
+        for part in rows.split(FF_CHUNK):
             y = self.norm3(part)
             y = F.linear(y, value, value_bias).mul_(F.gelu(F.linear(y, gate, gate_bias)))
             part.addmm_(y, self.down.weight.t()).add_(self.down.bias)
@@ -262,9 +282,9 @@ def fold_taps(first: Tensor, middle: Tensor, last: Tensor, odd: int) -> tuple[Te
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A convolution; on a CPU of a few cells as one product, which does not lay the weights out anew every time."""
+    """A convolution; of a few cells as one product, which does not lay the weights out anew every time."""
     b, c, height, width = x.shape
-    if x.device.type != "cpu" or b * height * width > GEMM_MAX_CELLS:
+    if b * height * width > GEMM_MAX_CELLS:
         return F.conv2d(x, weight, bias, padding=1)
     y = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)
     under = [y[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]

@@ -25,10 +25,12 @@ class LowMemoryEditor(Editor):
                 layerwise_cast(network)
 
     def bring(self, needed: nn.Module) -> None:
-        """A network onto the device, after the others have left it."""
+        """A network onto the device, after the others have left it; where it is there already nothing moves."""
         if self.device.type != "cpu" and next(needed.parameters()).device.type != self.device.type:
             for network in (self.network, self.vae, self.text):
-                network.to("cpu" if network is not needed else self.device)
+                if network is not needed:
+                    network.to("cpu")
+            needed.to(self.device)
 
     @property
     def network(self) -> nn.Module:

@@ -18,7 +18,8 @@ from ..loading import load
 from ..sampling import get_sigmas
 
 WAYS = {  # to load emilie; all others are held against the first, and share its weights where they can
-    "eager": {},
+    "eager": {"plain": True},
+    "default": {"compile": None},  # the command's: on CUDA graphs, on a CPU `faster.fast`
     "compiled": {"compile": True},
     "low memory": {"low_memory": True},
 }
@@ -38,7 +39,7 @@ class Backend:
         return self.editor.denoise(x, sigma, *given, *SCALES.values())
 
     def encode(self, pixels: Tensor) -> Tensor:  # (B, 3, H, W) in [-1, 1] -> (B, 4, h, w), unscaled
-        return self.editor.vae.encode(pixels).float()
+        return self.editor.encode(pixels)
 
     def text(self, token_ids: Tensor) -> Tensor:  # (B, 77) -> (B, 77, D)
         return self.editor.text(token_ids)
@@ -93,8 +94,9 @@ class Diffusers(Backend):
         if compiled:
             network.to(memory_format=torch.channels_last).compile(dynamic=False)
 
-        def eps(x: Tensor, t: Tensor, context: Tensor) -> Tensor:  # one timestep for all rows, as the pipeline gives it
-            return network(x, t[0], encoder_hidden_states=context, return_dict=False)[0]
+        def eps(x: Tensor, t: Tensor, context: Tensor) -> Tensor:  # called as the pipeline calls it: compiled once
+            no = {"added_cond_kwargs": None, "cross_attention_kwargs": None, "return_dict": False}
+            return network(x, t[0], encoder_hidden_states=context, **no)[0]
 
         plain = Editor(editor.config, eps, vae, editor.text, device=editor.device, dtype=editor.dtype)
         super().__init__(plain, editor.dtype)
@@ -142,7 +144,7 @@ def builders(setting: Namespace) -> dict[str, Callable[[], Backend]]:
         half = options.get("low_memory") and editor.dtype == torch.float32  # on a CPU it holds its weights in half
         return Backend(editor, torch.float16 if half else editor.dtype)
 
-    ways = {way: options for way, options in WAYS.items() if all(asked.get(option, True) for option in options)}
+    ways = {way: given for way, given in WAYS.items() if all(asked.get(key, True) for key in given if given[key])}
     made = {f"emilie, {way}": cache(partial(backend, options)) for way, options in ways.items()}
     if setting.against:
         import_diffusers()

@@ -1,13 +1,14 @@
 """The fast path against the plain one."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from pseudo import error
 
+from emilie_min import unet as layers
 from emilie_min.emilie import Editor
-from emilie_min.errors import EmilieError
 from emilie_min.faster.fast import FastEditor
 from emilie_min.sampling import get_sigmas
 
@@ -128,22 +129,51 @@ def test_fast_leaves_out_what_cancels_and_runs_once_what_is_the_same(fast, edite
     assert calls == [(2, 3), (1, 2), (1, 1), (1, 2), (1, 1), (2, 4)]
 
 
-def test_the_step_can_be_compiled_whole(shipped, fast, edited, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    editor = copy.copy(fast)
-    with pytest.warns(UserWarning, match=f"once: kept in {tmp_path}"):
-        editor.compile(backend="aot_eager")  # traced as for a GPU, in one graph, and not made into machine code
-    settings = {"steps": 3, "image_scale": 1.5, "reuse": 2}  # two graphs: with the deep layers, and without
-    assert error(edited(editor, **settings), edited(shipped, **settings)) <= SINGLE
+@pytest.fixture
+def changed(shipped, monkeypatch):
+    """The fast path over a network whose ResBlocks add half of what they did."""
+    forward = layers.ResBlock.forward
+
+    def halved(self, x, emb):
+        return (forward(self, x, emb) + self.skip_connection(x)) / 2
+
+    monkeypatch.setattr(layers.ResBlock, "forward", halved)
+    with pytest.warns(UserWarning, match="changed a layer") as seen:
+        editor = FastEditor(shipped.config, *(copy.deepcopy(y) for y in (shipped.unet, shipped.vae, shipped.text)))
+    assert len(seen) == 1
+    return editor
 
 
-def test_where_it_cannot_be_compiled(fast, edited, tmp_path, monkeypatch):
-    def backend(graph, inputs):
-        raise RuntimeError("no compiler\nat all")
+def test_where_a_layer_is_changed_it_says_so_and_steps_aside(shipped, fast, changed, edited):
+    calls, hook = passes(changed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        assert error(edited(changed, steps=2, reuse=2), edited(shipped, steps=2, reuse=2)) <= SINGLE
+    hook.remove()
+    assert not calls
 
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    editor = copy.copy(fast)
-    with pytest.warns(UserWarning):
-        editor.compile(backend=backend)
-    with pytest.raises(EmilieError, match="cannot be compiled here: .*without compile"):
-        edited(editor, steps=1)
+
+def test_a_layer_changed_afterwards_is_seen_and_so_is_its_return(shipped, fast, edited, monkeypatch):
+    before = edited(fast, steps=2)
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="changed a layer"):
+        patch.setattr(layers.GEGLU, "forward", lambda self, x: self.proj(x).chunk(2, dim=-1)[0])
+        halved = edited(fast, steps=2)
+        assert error(halved, edited(shipped, steps=2)) <= CHAINED and not torch.equal(halved, before)
+    calls, hook = passes(fast)
+    assert torch.equal(edited(fast, steps=2), before)
+    hook.remove()
+    assert len(calls) == 3  # compared again, and two steps
+
+
+def test_hooks_are_called(fast, edited):
+    seen = []
+    with fast.unet.middle_block[0].register_forward_hook(lambda *_: seen.append(1)):
+        edited(fast, steps=2)
+    assert len(seen) == 2
+
+
+def test_half_precision_agrees(shipped):
+    networks = (copy.deepcopy(network).bfloat16() for network in (shipped.unet, shipped.vae, shipped.text))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert FastEditor(shipped.config, *networks, dtype=torch.bfloat16).stands_in()
