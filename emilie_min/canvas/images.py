@@ -13,7 +13,7 @@ from ..checkpoint.writing import atomic_write
 from ..emilie import Editor
 from ..errors import ImageError, MaskError, SamplingError, note
 from . import masks
-from .pictures import SIDEWAYS, SMALLEST, TURNS, Picture, Source, open_picture, read_stored, tell
+from .pictures import SIDEWAYS, SMALLEST, TURNS, Picture, Source, open_picture, read_stored, srgb_profile, tell
 
 LARGEST = 4096**2  # px: the area of a working picture
 
@@ -39,10 +39,10 @@ def read_image(picture: Picture) -> Image.Image:
 
 
 def save(image: Image.Image, path: Path) -> Path:
-    """A PNG, whole or not at all; -> the path. Raises ImageError."""
+    """A PNG that says that it is sRGB, whole or not at all; -> the path. Raises ImageError."""
     try:
         with atomic_write(path) as f:
-            image.save(f, format="PNG")
+            image.save(f, format="PNG", icc_profile=srgb_profile())
     except OSError as error:
         raise ImageError(f"cannot write {path}: {error.strerror or error}") from error
     return path

@@ -28,7 +28,7 @@ def meaning(image: Image.Image, source: Source, soft: bool = False) -> Image.Ima
         source.tell("has the values 0 and 1 of 255, black to the eye: 1 is taken for white")
         mask = mask.point(lambda v: 255 * v)
     greys, levels = share(mask, *MIDDLE), np.count_nonzero(mask.histogram())
-    feathered = share(mask, 0, MIDDLE[0]) > 0.2 and share(mask, MIDDLE[1], 255) > 0.03
+    feathered = min(share(mask, 0, MIDDLE[0]), share(mask, MIDDLE[1], 255)) > 0.03  # which few photos are
     if not soft and greys > 0.25 and levels > 16 and not feathered:
         source.fail(f"is no mask but a grey picture: {HOW}, or give --soft (soft=True) to use its greys as strengths")
     if not soft and greys > 0.1:

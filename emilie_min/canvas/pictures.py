@@ -96,9 +96,12 @@ class Source:
     """What a picture is called in messages, and what is to be told of it once it is read."""
 
     def __init__(self, picture: object, what: str, error: type[Exception]) -> None:
-        named = isinstance(picture, (str, Path))
-        self.name = printable(picture, 200) if named else f"the {what}"
-        self.what, self.error, self.notes = what, error, []
+        self.path = printable(picture, 200) if isinstance(picture, (str, Path)) else None
+        self.name = (
+            f"the {what}" if self.path is None else self.path if what == "picture" else f"the {what} {self.path}"
+        )
+        self.error = error
+        self.notes: list[str] = []
 
     def tell(self, text: str) -> None:
         self.notes.append(f"{self.name} {text}")
@@ -142,7 +145,7 @@ def read_stored(picture: Picture, source: Source) -> Image.Image:
             with open(picture, "rb") as file:
                 return read_file(file, source, Path(picture).suffix.lower())
         except FileNotFoundError as cause:
-            raise source.error(f"no picture at {source.name}") from cause
+            raise source.error(f"no picture at {source.path}") from cause
         except IsADirectoryError as cause:
             source.fail("cannot be read as a picture: it is a folder", cause)
         except (OSError, ValueError) as cause:

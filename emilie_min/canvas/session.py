@@ -42,7 +42,7 @@ def write(canvas, path: str | Path) -> None:
         "seed": canvas.seed,
         "original_size": canvas.original_size,
         "native": canvas.native,
-        "turned": canvas.turned,
+        **({} if canvas.turned is None else {"turned": canvas.turned}),
         "at": canvas.at,
         "undone": canvas.redo_stack,
         "states": [

@@ -153,6 +153,16 @@ def channels(*counts: int) -> Callable:
     return lambda shapes: any(shapes[name][1:2] == (n,) for name in names if name in shapes for n in counts)
 
 
+def text_width(width: int) -> Callable:
+    """Whether the text model has vectors of this width."""
+    names = [TEXT + inner + "embeddings.token_embedding.weight" for inner in ("", "text_model.")]
+    return lambda shapes: any(shapes[name][1:] == (width,) for name in names if name in shapes)
+
+
+def either(*tests: Callable) -> Callable:
+    return lambda shapes: any(test(shapes) for test in tests)
+
+
 def lacks(pattern: str) -> Callable:
     regex = re.compile(pattern)
     return lambda shapes: not any(regex.match(key) for key in shapes)
@@ -184,10 +194,13 @@ TELL_TALES: tuple[tuple[Callable[[Mapping[str, tuple[int, ...]]], bool], str], .
         both(has(r"^conditioner\.embedders\.|label_emb\."), channels(8)),
         f"an editor made from SDXL, of another shape than the released one: {WHOLE}",
     ),
-    (has(r"^conditioner\.embedders\.|\.label_emb\."), f"SDXL, another model than InstructPix2Pix: {WHOLE}"),
+    (
+        has(r"^conditioner\.embedders\.|\.label_emb\.|\.add_embedding\."),
+        f"SDXL, another model than InstructPix2Pix: {WHOLE}",
+    ),
     (has(r"(^|\.)(double_blocks|joint_blocks)\.\d"), f"a diffusion transformer (SD3, FLUX, ...): {WHOLE}"),
     (
-        has(r"^cond_stage_model\.model\."),
+        either(has(r"^cond_stage_model\.model\."), text_width(1024)),
         f"made from Stable Diffusion 2, whose text model is another one, and not InstructPix2Pix: {WHOLE}",
     ),
     (channels(9), f"an inpainting model, which takes 9 channels and no instructions: {WHOLE}"),

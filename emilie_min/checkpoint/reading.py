@@ -347,7 +347,7 @@ class LoadReport:
 
 
 EMA_CHOICES = ("auto", "yes", "no")
-LAG = 0.05  # how far, relative to their size, a trainer's weights and their average lie apart at most
+LAG = 0.02  # how far, relative to their size, a trainer's weights and their average lie apart at most
 
 
 def key_map(networks: dict[str, nn.Module], keys, ema: str = "auto") -> tuple[dict[str, dict[str, str]], str]:

@@ -135,7 +135,7 @@ def test_what_it_evidently_means_is_read_and_told(mask, words, soft):
         (layer((0, 0, 0), (0, 0, 0)), "may mean edit or keep"),
         (rubbed_out(BOX, HOLE), "may mean edit or keep"),
         (Image.new("RGBA", (N, N)), "transparent everywhere"),
-        (Image.linear_gradient("L").resize((N, N)), "--soft"),
+        (Image.linear_gradient("L").resize((N, N)).point(lambda v: 40 + v // 2), "--soft"),
         (Image.fromarray(np.asarray(SCENE)).convert("CMYK"), "CMYK"),
     ],
 )

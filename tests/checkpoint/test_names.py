@@ -219,6 +219,8 @@ OTHERS = [
     ({**BASE, "conditioner.embedders.0.x": (1,)}, "SDXL"),
     ({"model.diffusion_model.double_blocks.0.x": (1,)}, "transformer"),
     ({FIRST: (320, 4, 3, 3), VAE + "x": (1,), "cond_stage_model.model.x": (1,)}, "Stable Diffusion 2"),
+    ({**BASE, TEXT + "text_model.embeddings.token_embedding.weight": (9, 1024)}, "Stable Diffusion 2"),
+    ({**BASE, RAW + "add_embedding.linear_1.weight": (4, 4)}, "SDXL"),
     ({**BASE, FIRST: (320, 9, 3, 3)}, "inpainting"),
     ({**BASE, FIRST: (320, 5, 3, 3)}, "depth"),
     ({**BASE, FIRST: (320, 7, 3, 3)}, "upscaler"),
