@@ -12,6 +12,24 @@ The released model, with c = 320 channels, block by block (R: ResBlock, T: Spati
                    3 R T     4 R T        5 R T up              output as further channels
                    6 R T     7 R T        8 R T up
                    9 R T    10 R T       11 R T
+
+What is easy to get wrong, here and around it, and the test that guards it (in tests/method where nothing else is said):
+
+    z_img is stacked unscaled, z_t over sqrt(1 + sigma^2)      test_denoise
+    the branch without a picture sees zeros, and is told ""    test_denoise
+    timesteps are fractional                                   test_timesteps_are_fractional, test_timestep_embedding
+    cosines stand before sines in a timestep's embedding       test_timestep_embedding
+    GroupNorm's epsilon: 1e-6 in T and autoencoder, else 1e-5  test_group_norms_have_two_epsilons
+    downsampling pads all sides here, two in the autoencoder   test_the_two_downsamplings_pad_differently
+    GEGLU's second half is the gate; its GELU is exact         test_unet_block_by_block
+    skips are popped, and come behind in the channels          test_unet_block_by_block
+    encoding gives the posterior's mode, unscaled              test_what_encode_and_decode_scale
+    the text is CLIP's last state, after its final norm        test_text
+    inference takes the averaged weights, if there are any     test_raw_weights_are_another_model
+    ... whose names in the file have lost their dots           test_ema_names_have_lost_their_dots
+    the original rounds pictures down to 8 bits                test_truncation_is_half_a_level_darker, in tests/canvas
+    f is a ratio of magnitudes: signed means can cancel        test_f_is_a_ratio_of_mean_magnitudes
+    a gated step keeps the outside to rounding, not the bit    test_masked_trajectory
 """
 
 import math

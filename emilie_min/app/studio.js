@@ -1,7 +1,7 @@
 // What the studio's page does in the browser: the board to paint on, clicks in the tree of edits, and what an edit sends.
 const studio = {
   // The picture's element: tools, and a canvas of the picture's own size over it, opaque where to edit.
-  board(element) {
+  board(element, trigger) {
     const canvas = () => element.querySelector('canvas');
     const clear = () => { if (canvas()) { canvas().width = canvas().width; delete canvas().dataset.touched; } };
     let size = 14, last = null, before = null, made = '';  // size of the brush in percent of the longer side
@@ -41,18 +41,23 @@ const studio = {
     for (const end of ['pointerup', 'pointercancel']) element.addEventListener(end, () => { last = null; });
     element.addEventListener('input', e => { size = e.target.value; });
 
-    const file = () => document.querySelector('#open').parentNode.querySelector('input[type=file]');
+    // A file goes to the session by its key; what became of it the server tells.
+    const input = () => element.querySelector('input[type=file]');
+    const send = async file => {
+      if (!file) return;
+      const key = element.querySelector('[data-key]').dataset.key;
+      await fetch(`open/${key}?name=${encodeURIComponent(file.name)}`, {method: 'POST', body: file}).catch(() => null);
+      trigger('select');
+    };
+    element.addEventListener('change', e => { if (e.target == input()) { send(e.target.files[0]); e.target.value = ''; } });
     element.addEventListener('click', e => {
       const tool = e.target.dataset.tool;
-      if (tool == 'clear') clear(); else if (tool) element.dataset.using = tool;
-      if (e.target.className == 'empty') file().click();
+      if (tool == 'open' || e.target.className == 'empty') input().click();
+      else if (tool == 'clear') clear();
+      else if (tool) element.dataset.using = tool;
     });
     element.addEventListener('dragover', e => e.preventDefault());
-    element.addEventListener('drop', e => {
-      e.preventDefault();
-      file().files = e.dataTransfer.files;
-      file().dispatchEvent(new Event('change', {bubbles: true}));
-    });
+    element.addEventListener('drop', e => { e.preventDefault(); send(e.dataTransfer.files[0]); });
 
     new MutationObserver(() => {  // a new picture: no paint on it but the mask of an edit that was undone
       const {made: now, paint} = element.querySelector('.board')?.dataset || {};
@@ -81,9 +86,12 @@ const studio = {
     });
   },
 
+  // Past the queue, which may be full.
+  stop() { fetch(`stop/${document.querySelector('[data-key]').dataset.key}`, {method: 'POST'}); },
+
   // An edit's inputs, with the paint put in as a PNG, or '' where the board was not touched.
-  inputs(text, _, ...settings) {
+  inputs(session, text, _, ...settings) {
     const canvas = document.querySelector('#picture canvas');
-    return [text, canvas?.dataset.touched ? canvas.toDataURL() : '', ...settings];
+    return [session, text, canvas?.dataset.touched ? canvas.toDataURL() : '', ...settings];
   },
 };

@@ -34,7 +34,7 @@ def read_json(path: str | Path, shape: Shape, what: str) -> dict:
         reason = error.strerror if isinstance(error, OSError) else f"not valid JSON: {error}"
         raise BenchError(f"{path} cannot be read as {what} ({reason})") from error
     if found := fault(value, shape):
-        raise BenchError(f"{path} is not {what}: {found}")
+        raise BenchError(f"{path} is not {what}: {printable(found)}")
     return value
 
 
@@ -42,8 +42,8 @@ def fault(value: object, shape: Shape, at: str = "") -> str | None:
     """The first place where a JSON value departs from a shape, and how; None where it has it.
 
     A shape is a type or a union of types; [shape], a list; {"name": shape, "other?": shape}, an object with the first
-    field and maybe the second or further ones; {...: shape}, an object of any names. Null is as good as an absent
-    field. Of texts, lists and objects of any names none may be empty.
+    field and maybe the second, unless it is null, or further ones; {...: shape}, an object of any names. No text that
+    is asked for is blank, and no list or object of any names empty.
     """
     where = at or "it"
     if isinstance(shape, (dict, list)) and value in ({}, []) or isinstance(value, str) and not value.strip():

@@ -64,17 +64,14 @@ class Table:
     def markdown(self) -> str:
         """In GitHub's dialect, with title and note."""
         lines = [tuple(map(escape_markdown, self.columns)), tuple("---:" if n else "---" for n in self.numeric)]
-        for row in self.rows:
-            texts = [
-                "–" if cell is None else escape_markdown(cell) if isinstance(cell, str) else str(cell) for cell in row
-            ]
-            lines.append(
-                tuple(f"**{t}**" if isinstance(cell, Value) and cell.best else t for t, cell in zip(texts, row))
-            )
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return f"**{escape_markdown(self.title)}**\n\n{table}\n" + (
-            f"\n{escape_markdown(self.note)}\n" if self.note else ""
-        )
+        lines += [tuple(map(_markdown, row)) for row in self.rows]
+        blocks = [f"**{escape_markdown(self.title)}**", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+        return "\n\n".join([*blocks, escape_markdown(self.note)] if self.note else blocks) + "\n"
+
+
+def _markdown(cell: Cell) -> str:
+    text = "–" if cell is None else escape_markdown(cell) if isinstance(cell, str) else str(cell)
+    return f"**{text}**" if isinstance(cell, Value) and cell.best else text
 
 
 MARKS = str.maketrans({"<": "&lt;", ">": "&gt;", "&": "&amp;", **{mark: f"\\{mark}" for mark in "\\`*_|[]~$"}})

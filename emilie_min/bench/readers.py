@@ -158,7 +158,7 @@ def located(at: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise BenchError(f"{at}: {error}") from error
+        raise BenchError(f"{at}: {printable(error)}") from error
 
 
 def _runs(pairs: list) -> np.ndarray:

@@ -160,8 +160,8 @@ def _measured(run: Run, row: Row, names: dict, scorers: Callable[[], metrics.Sco
     before, after, first = folder / f"{row.turn - 1}.png", row.result and row.result.image, folder / "0.png"
     before = before if before.exists() else None  # the chain ended earlier
     files = [before, after, first, item.image, turns[-1].target, *(t.region or t.mask for t in turns)]
-    told = [names, item.caption, item.truth, [(t.instruction, t.caption, t.truth) for t in turns]]
-    key = hashlib.sha256(repr(told).encode())
+    asked = [names, item.caption, item.truth, [(t.instruction, t.caption, t.truth) for t in turns]]
+    key = hashlib.sha256(repr(asked).encode())
     for path in (*files, Path(metrics.__file__), Path(judge.__file__)):
         key.update(hashlib.sha256(path.read_bytes()).digest() if path and path.exists() else b"none")
     store = folder / f"{row.turn}.metrics.json"

@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
+from ..checkpoint.writing import atomic_write
 from ..emilie import Editor
 from ..errors import ImageError, MaskError, SamplingError
 
 SMALLEST, LARGEST = 16, 4096**2  # px: the shortest side of an input; the area of a working picture
+
+FORMATS = {"PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"}  # and no more: for an EPS file Pillow starts a program
 
 Picture = Image.Image | np.ndarray | str | Path
 Box = tuple[int, int, int, int]
@@ -36,7 +39,7 @@ def read_image(picture: Picture) -> Image.Image:
 def _open(picture: Picture, error: type[Exception]) -> Image.Image:
     if isinstance(picture, (str, Path)):
         try:
-            with Image.open(picture) as file:
+            with Image.open(picture, formats=FORMATS & set(Image.registered_extensions().values())) as file:
                 file.load()
                 picture = file.copy() if not file.getexif().get(0x0112) else ImageOps.exif_transpose(file)
         except Image.DecompressionBombError as cause:
@@ -76,6 +79,16 @@ def _from_array(array: np.ndarray, error: type[Exception]) -> Image.Image:
     elif array.dtype != np.uint8:
         raise error(f"an array must be uint8, bool or float, not {array.dtype}")
     return Image.fromarray(np.ascontiguousarray(array))
+
+
+def save(image: Image.Image, path: Path) -> Path:
+    """A PNG, whole or not at all; -> the path. Raises ImageError."""
+    try:
+        with atomic_write(path) as f:
+            image.save(f, format="PNG")
+    except OSError as error:
+        raise ImageError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
 
 
 def fit_size(size: tuple[int, int], resolution: int | str, multiple: int) -> tuple[int, int]:

@@ -162,7 +162,7 @@ def _index_ckpt(path: Path) -> dict[str, Entry]:
 
 def _records(path: Path) -> dict[int, int]:
     """Where each record of a zip file begins, and its length. Those of other machines or tools are refused."""
-    records, size = {}, path.stat().st_size
+    records = {}
     with zipfile.ZipFile(path) as z, open(path, "rb") as f:
         for record in z.infolist():
             if record.compress_type != zipfile.ZIP_STORED:
@@ -171,7 +171,7 @@ def _records(path: Path) -> dict[int, int]:
                 raise CheckpointError("its numbers are big-endian. Save it anew on a common machine")
             f.seek(record.header_offset + 26)
             begin = record.header_offset + 30 + sum(struct.unpack("<2H", f.read(4)))
-            records[begin] = min(record.file_size, size - begin)
+            records[begin] = record.file_size
     return records
 
 

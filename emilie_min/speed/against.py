@@ -38,7 +38,7 @@ class Backend:
         return self.editor.denoise(x, sigma, *given, *SCALES.values())
 
     def encode(self, pixels: Tensor) -> Tensor:  # (B, 3, H, W) in [-1, 1] -> (B, 4, h, w), unscaled
-        return self.editor.vae.encode(pixels).float()
+        return self.editor.encode(pixels)
 
     def text(self, token_ids: Tensor) -> Tensor:  # (B, 77) -> (B, 77, D)
         return self.editor.text(token_ids)
@@ -93,8 +93,9 @@ class Diffusers(Backend):
         if compiled:
             network.to(memory_format=torch.channels_last).compile(dynamic=False)
 
-        def eps(x: Tensor, t: Tensor, context: Tensor) -> Tensor:  # one timestep for all rows, as the pipeline gives it
-            return network(x, t[0], encoder_hidden_states=context, return_dict=False)[0]
+        def eps(x: Tensor, t: Tensor, context: Tensor) -> Tensor:  # called as the pipeline calls it: compiled once
+            no = {"added_cond_kwargs": None, "cross_attention_kwargs": None, "return_dict": False}
+            return network(x, t[0], encoder_hidden_states=context, **no)[0]
 
         plain = Editor(editor.config, eps, vae, editor.text, device=editor.device, dtype=editor.dtype)
         super().__init__(plain, editor.dtype)

@@ -1,6 +1,7 @@
 """What is measured, one thing a function: whether two compute the same, seconds, FLOPs, kernels, memory."""
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -185,12 +186,13 @@ def machine(editor) -> dict:
     }
 
 
-def measure_in_subprocess(setting: Namespace, name: str, inductor: dict | None = None) -> dict:
-    """What `alone` tells of a backend, in a process that does nothing else. inductor: options of torch._inductor's
-    config. Raises EmilieError."""
+def measure_in_subprocess(setting: Namespace, name: str, tried: str | None = None) -> dict:
+    """What `alone` tells of a backend, in a process that does nothing else. tried: its EMILIE_TRY, see `faster.tries`.
+    Raises EmilieError."""
     code = "import json, sys; from emilie_min.speed import measure; measure.alone(*json.loads(sys.argv[1]))"
-    given = json.dumps([vars(setting), name, inductor or {}])
-    done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, json.dumps([vars(setting), name, tried is not None])]
+    env = os.environ | ({} if tried is None else {"EMILIE_TRY": tried})
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise EmilieError(f"measuring {name} in a process of its own failed: {lines[-1]}")
@@ -198,21 +200,16 @@ def measure_in_subprocess(setting: Namespace, name: str, inductor: dict | None =
 
 
 @torch.no_grad()
-def alone(setting: dict, name: str, inductor: dict) -> None:
+def alone(setting: dict, name: str, timed: bool = False) -> None:
     """Print, as JSON, this process's peak once loaded, after a guided step and after a short edit, in bytes.
 
     "loaded", "step", "edit": resident; on CUDA also "step_cuda", "edit_cuda", [allocated, reserved] on the device by a
-    second run: CUDA graphs' memory shows in the latter alone. "ready_s": until all has run once, compiled if need
-    be; with options for inductor also "step_s", of a later step.
+    second run: CUDA graphs' memory shows in the latter alone. "ready_s": until all has run once, compiled if need be.
+    timed: also "seconds", of a step and of the stages of a short edit.
     """
     setting = Namespace(**setting)
     if setting.threads:
         torch.set_num_threads(setting.threads)
-    if inductor:
-        from torch._inductor import config
-
-        for option, value in inductor.items():
-            setattr(config, option, value)
     backend = builders(setting)[name]()
     peaks, started = {"loaded": peak_rss()}, time.perf_counter()
     inputs = Inputs(backend, setting.resolution, setting.batch[0])
@@ -233,8 +230,8 @@ def alone(setting: dict, name: str, inductor: dict) -> None:
             run()
             torch.cuda.synchronize()
             peaks[f"{part}_cuda"] = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
-    if inductor:
-        peaks["step_s"] = step_seconds(backend, inputs)
+    if timed:
+        peaks["seconds"] = {"step": step_seconds(backend, inputs)} | edit_seconds(backend, inputs, 2)
     print(json.dumps(peaks))
 
 

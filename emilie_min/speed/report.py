@@ -3,7 +3,7 @@
 from itertools import product
 from statistics import median
 
-PARTS = ("equality", "eager", "times", "profile", "memory", "sizes", "compiled_sizes", "flags")  # of --full, in turn
+PARTS = ("equality", "eager", "times", "profile", "memory", "sizes", "compiled_sizes", "tries")  # of --full, in turn
 STAGES = ("step", "encode", "text", "sample", "decode", "edit")  # of what is timed
 NOTES = """\
 Figures are the median and (smallest to largest) of the repeats, in which all take turns. A step is one guided call of
@@ -39,9 +39,10 @@ def markdown(result: dict) -> str:
     ]
     seconds, ratios = table(f"Seconds, on {on}", seconds_rows(runs)), table("Time over another's", ratio_rows(runs))
     flops = [size(run) | {part: f"{n / 1e9:.4g}" for part, n in run["flops"].items()} for run in runs]
-    options = [
-        {"": str(row["option"]), "ms of a step": f"{1e3 * row['step_s']:.3g}", "ready": f"{row['ready_s']:.1f}"}
-        for row in result["flags"]
+    tries = [
+        {"": name or "as it is", "ready": f"{row['ready_s']:.1f}"}
+        | {f"{stage}, ms": f"{1e3 * row['seconds'][stage]:.3g}" for stage in ("step", "encode", "decode")}
+        for name, row in result["tries"].items()
     ]
     parts = [
         "# emilie speed",
@@ -53,7 +54,7 @@ def markdown(result: dict) -> str:
         table("GFLOP", [row for i, row in enumerate(flops) if row not in flops[:i]], notes),
         table("Where a step's time goes", profile_rows(result["profile"]), PROFILE),
         table("Memory, GB", memory_rows(result["memory"]), MEMORY),
-        table("Options of the compiler", options),
+        table("What else was tried, compiled", tries),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -22,13 +22,10 @@ from . import measure
 from .against import builders
 from .report import PARTS, size
 
-FLAGS = (  # of torch._inductor.config, each tried alone; the first is its default
-    {"epilogue_fusion": True},
-    {"epilogue_fusion": False},
-    {"conv_1x1_as_mm": True},
-    {"coordinate_descent_tuning": True},
-    {"loop_reindexing_after_fusion": False},  # PyTorch issue 189488: slow after an upsampling
-)
+TRIES = (  # of `faster.tries`, each alone; the first changes nothing
+    "", "conv_1x1_as_mm=1", "coordinate_descent_tuning=1", "pad_heads", "vae", "cudnn_benchmark", "epilogue_fusion=0",
+    "loop_reindexing_after_fusion=0", "static", "whole",
+)  # fmt: skip
 SHORT = 20  # steps of an edit where many sizes are measured
 CUDA_ONLY = "it needs a CUDA card"
 
@@ -79,7 +76,7 @@ class Run:
     def __init__(self, setting: Namespace, deadline: float, save: Callable[[dict], None]):
         self.setting, self.deadline, self.save, self.absent = setting, deadline, save, {}
         self.result = {"setting": vars(setting), "left_out": {}, "runs": [], "equality": {}, "profile": {}}
-        self.result |= {"memory": {}, "flags": []}
+        self.result |= {"memory": {}, "tries": {}}
         setting.config = setting.config or ("ip2p" if setting.weights == "random" else None)
         setting.steps = setting.steps or (100 if setting.full else 20)
         setting.parts = setting.parts or list(PARTS if setting.full else ("times", "memory"))
@@ -170,15 +167,14 @@ class Run:
         plain = self._uncompiled()
         self.sizes([*plain[:1], *(name for name in self.made if name not in plain)])
 
-    def flags(self) -> None:
-        """What options of the compiler bring, each in a process of its own."""
+    def tries(self) -> None:
+        """What may make the compiled way faster, each in a process of its own."""
         if not self.cuda:
-            return self._leave_out("flags", CUDA_ONLY)
-        for option in FLAGS:
-            with self._may_fail(f"flag {option}"):
-                found = measure.measure_in_subprocess(self.setting, "emilie, compiled", option)
-                self.result["flags"].append({"option": option} | found)
-                self._say(f"{option}: tried")
+            return self._leave_out("tries", CUDA_ONLY)
+        for tried in TRIES:
+            with self._may_fail(f"try {tried}"):
+                self.result["tries"][tried] = measure.measure_in_subprocess(self.setting, "emilie, compiled", tried)
+                self._say(f"{tried or 'as it is'}: tried")
 
     def _say(self, line: str) -> None:
         """Save, and tell how far it is."""

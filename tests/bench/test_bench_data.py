@@ -14,6 +14,7 @@ from PIL import Image
 
 from emilie_min.bench import data, readers
 from emilie_min.bench.data import Item, Turn
+from emilie_min.bench.io import open_picture
 from emilie_min.errors import BenchError
 from emilie_min.toy import world
 from emilie_min.toy.evaluate import FIRST
@@ -373,21 +374,28 @@ def test_drift_changes_one_object_and_back_and_nothing_else_for_sixteen_turns(tm
     assert len(places) > 1
 
 
-def test_the_same_call_writes_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_the_same_call_writes_the_same_bytes(kind, tmp_path):
+    for name, call in {"here": (2, None, 1), "again": (2, None, 1), "more": (3, data.KINDS[kind] + 1, 1)}.items():
+        data.make(tmp_path / name, *call, kind)
+    here = contents(tmp_path / "here")
+    assert here == contents(tmp_path / "again") and len(here) > 4
+    for item, more in zip(data.read(tmp_path / "here"), data.read(tmp_path / "more")):  # a longer one begins the same
+        assert [t.instruction for t in more.turns[:-1]] == [t.instruction for t in item.turns]
+    data.make(tmp_path / "other", 2, seed=2, kind=kind)
+    assert here["images/0001.png"] != (tmp_path / "other/images/0001.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_another_process_writes_the_same_bytes(tmp_path):
     call = (
         "import sys; from emilie_min.bench import data\nfor k in data.KINDS: data.make(sys.argv[1] + k, 3, None, 1, k)"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path), "PYTHONHASHSEED": "5"}
     subprocess.run([sys.executable, "-c", call, f"{tmp_path}/there "], check=True, env=env)
-    for kind, turns in data.KINDS.items():
+    for kind in data.KINDS:
         data.make(tmp_path / kind, 3, seed=1, kind=kind)
-        here = contents(tmp_path / kind)
-        assert here == contents(tmp_path / f"there {kind}") and len(here) > 6
-        data.make(tmp_path / f"more {kind}", 4, turns + 1, 1, kind)  # a longer one begins the same
-        for item, more in zip(data.read(tmp_path / kind), data.read(tmp_path / f"more {kind}")):
-            assert [t.instruction for t in more.turns[:-1]] == [t.instruction for t in item.turns]
-        data.make(tmp_path / f"other {kind}", 3, seed=2, kind=kind)
-        assert here["images/0001.png"] != (tmp_path / f"other {kind}/images/0001.png").read_bytes()
+        assert contents(tmp_path / kind) == contents(tmp_path / f"there {kind}")
 
 
 def test_no_scene_of_training_or_of_toy_eval_is_used(tmp_path):
@@ -489,6 +497,13 @@ def test_editbench_faults(tmp_path, editbench):
     )
 
 
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "PPM"])
+def test_a_picture_of_another_format_is_not_even_tried(kind, tmp_path):
+    picture().save(tmp_path / "p.png", kind)
+    with pytest.raises(BenchError, match="p.png cannot be read as a picture"):
+        open_picture(tmp_path / "p.png")
+
+
 # ---- MagicBrush
 
 
@@ -550,7 +565,7 @@ def test_a_magicbrush_edit_of_another_picture_begins_a_new_chain(magicbrush):
 def test_magicbrush_faults(tmp_path, magicbrush):
     def told():
         message = refused(readers.import_, "magicbrush", magicbrush, tmp_path / "out")
-        assert message.isprintable()
+        assert message.isprintable() and len(message) < 800
         return message
 
     path, mask = magicbrush / "edit_sessions.json", magicbrush / "images/242679/242679-mask1.png"
@@ -558,6 +573,8 @@ def test_magicbrush_faults(tmp_path, magicbrush):
     assert "242679-mask1.png has no transparency, by which MagicBrush's masks mark" in told()
     mask.unlink()
     assert f"{path}: session '242679', edit 1: there is no file images/242679/242679-mask1.png" in told()
+    path.write_text(json.dumps({"1": [{"input": "\x1b[2J" * 10**5, "mask": "b", "output": "c", "instruction": "d"}]}))
+    assert "session '1', edit 1: there is no file" in told()
     path.write_text('{"1": [{"input": "a", "mask": "b", "output": "c"}]}')
     assert "['1'][0] lacks 'instruction'" in told()
     path.write_text('{"1": [{"input": "a", "mask": "b", "output": "c", "instruction": " "}]}')

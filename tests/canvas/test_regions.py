@@ -246,7 +246,6 @@ def test_a_state_tells_its_regions(canvas):
         ([(LEFT, NIGHT)], None, InstructionError),
         ([(NIGHT, LEFT)], RIGHT, MaskError),
     ],
-    ids=str,
 )
 def test_what_is_no_instruction(instruction, mask, error):
     with pytest.raises(error):
@@ -265,7 +264,6 @@ def test_an_empty_instruction_where_it_is_allowed(canvas):
         ([(NIGHT, LEFT), (DAY, None), (COMIC, None)], "only one"),
         ([(NIGHT, (0, 0, 64, 64)), (DAY, None)], "nothing is left"),
     ],
-    ids=str,
 )
 def test_masks_that_leave_an_instruction_nothing(canvas, each, match):
     with pytest.raises(MaskError, match=match):

@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import re
+import struct
 import sys
 import types
 import zipfile
@@ -515,6 +516,17 @@ def test_a_ckpt_without_its_end(tensors, tmp_path, cut):
     whole = (tmp_path / "a.ckpt").read_bytes()
     (tmp_path / "a.ckpt").write_bytes(whole[:-cut])
     assert "cut short" in refusal(tmp_path / "a.ckpt")
+
+
+def test_a_ckpt_that_promises_more_than_it_has(tmp_path):
+    """Its table of contents gives a record, and its pickle a tensor, more bytes than the file has."""
+    torch.save({"a": torch.zeros(10**6)}, tmp_path / "a.0")
+    short = rezip(tmp_path / "a.0", tmp_path / "a.1", lambda n, d: d[:8] if n.endswith("data/0") else d)
+    data = bytearray(short.read_bytes())
+    entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"data/0"))  # in the table of contents
+    data[entry + 20 : entry + 28] = struct.pack("<2L", 4 * 10**6, 4 * 10**6)
+    (tmp_path / "a.ckpt").write_bytes(data)
+    assert "refused" in refusal(tmp_path / "a.ckpt")
 
 
 def test_a_ckpt_whose_middle_is_gone(tensors, tmp_path):

@@ -116,6 +116,11 @@ def test_settings_that_no_model_can_have(tmp_path, path, value, word):
     assert word in refusal(yaml.safe_dump(merged(base, setting(path, value))), tmp_path)
 
 
+def test_a_contradiction_is_not_blamed_on_the_last_key(tmp_path):
+    text = (DATA / "small.yaml").read_text() + "sampling: {steps: 3}\n"
+    assert "steps" not in refusal(text.replace("context_dim: 64", "context_dim: 32"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [

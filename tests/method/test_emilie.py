@@ -113,7 +113,7 @@ def test_an_unknown_gate(small, goldens, given):
         small.sample(*given, goldens["traj.sigmas"], z, lambda *_: z, goldens["mask.hard"], "wall")
 
 
-def test_encode_is_unscaled_and_decode_takes_a_scaled_latent(small, goldens):
+def test_what_encode_and_decode_scale(small, goldens):
     image = goldens["vae.rect.image"]
     assert error(small.encode(image), goldens["vae.rect.mode"]) <= SINGLE
     assert error(small.decode(goldens["vae.rect.z"]), goldens["vae.rect.decoded"]) <= SINGLE
@@ -148,7 +148,7 @@ def half(soft=0.0):
     return mask
 
 
-def test_f_is_the_mean_of_magnitudes_of_what_comes_back_over_what_went_in(editor):
+def test_f_is_a_ratio_of_mean_magnitudes(editor):
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) + 0.3
     again = editor.vae.encode(editor.vae.decode(z / editor.scale_factor))
     f = rescale_factor(editor, z)

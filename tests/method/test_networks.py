@@ -1,5 +1,8 @@
 """The networks against the original code's outputs, block by block, and against the released file's keys and shapes."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from pseudo import error, manifest
@@ -9,6 +12,7 @@ from emilie_min.checkpoint.networks import meta_networks
 from emilie_min.config import load_config
 from emilie_min.errors import CheckpointError, ImageError
 from emilie_min.unet import SpatialTransformer, timestep_embedding
+from emilie_min.unet import __doc__ as TRAPS
 
 SINGLE = 1e-5  # relative error of one network's pass, float32
 
@@ -66,7 +70,7 @@ def test_group_norms_have_two_epsilons(networks):
 
 
 @torch.no_grad()
-def test_downsampling_pads_on_all_sides_in_the_unet_and_right_and_below_in_the_autoencoder(networks):
+def test_the_two_downsamplings_pad_differently(networks):
     x = torch.zeros(1, 128, 8, 8)
     x[..., 0, :] = x[..., :, 0] = 1  # what a kernel sees of it depends on where the padding is
     for part, layer, pad in (
@@ -78,7 +82,7 @@ def test_downsampling_pads_on_all_sides_in_the_unet_and_right_and_below_in_the_a
         assert error(layer(x), expected) <= SINGLE, part
 
 
-def test_fractional_timesteps_are_embedded_as_they_are():
+def test_timestep_embedding():
     whole, between = timestep_embedding(torch.tensor([3.0, 3.5]), 64)
     assert not torch.equal(whole, between)
     assert between[0] == torch.tensor(3.5).cos() and between[32] == torch.tensor(3.5).sin()  # cosines first
@@ -170,7 +174,7 @@ def test_the_released_files_keys_and_shapes():
     assert report.family == "raw" and set(wanted["unet"].values()) <= raw_only.keys()
 
 
-def test_every_averaged_tensor_is_the_parameter_that_the_original_means():
+def test_ema_names_have_lost_their_dots():
     """EMA names lose their dots; the manifest of the original says which parameter each one follows."""
     ema_of, networks = manifest("manifest")["ema_of"], meta_networks(load_config("ip2p"))
     keys, _ = reading.key_map(networks, ema_of)
@@ -199,3 +203,9 @@ def test_networks_keep_no_gradient_and_no_dropout(networks):
         assert not network.training
         assert not any(p.requires_grad or p.is_meta for p in network.parameters())
         assert not any(buffer.is_meta for buffer in network.buffers())
+
+
+def test_every_trap_names_a_test_that_there_is():
+    named, rooms = re.findall(r"\btest_\w+", TRAPS), [Path(__file__).parents[1] / room for room in ("method", "canvas")]
+    there = "".join(path.read_text() for room in rooms for path in room.glob("test_*.py"))
+    assert len(named) > 12 and [name for name in named if f"def {name}(" not in there] == []

@@ -20,7 +20,8 @@ from emilie_min.loading import load
 from emilie_min.speed import against, measure, report
 from emilie_min.speed.against import WAYS, Backend, builders
 from emilie_min.speed.cli import add_options
-from emilie_min.speed.run import FLAGS, Run, run
+from emilie_min.speed.measure import flops
+from emilie_min.speed.run import TRIES, Run, run
 
 SMALL = ["--config", str(DATA / "small.yaml"), "--resolution", "64", "--steps", "2", "--repeats", "1"]
 TINY = ["--config", "toy", "--resolution", "32", "--steps", "2", "--repeats", "1", "--device", "cpu"]
@@ -35,8 +36,9 @@ def setting(*options: str) -> Namespace:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """One call instead of as many as take 0.3 s, no matrices, and no further processes."""
+    """One call instead of as many as take 0.3 s, nothing counted, and no further processes."""
     monkeypatch.setattr(measure, "matmul_flops", lambda *_: 1e11)
+    monkeypatch.setattr(measure, "flops", lambda config, side, batch: {"encode": 1e9, "step": 5e5 * side**2 * batch})
     monkeypatch.setattr(measure.Timer, "blocked_autorange", lambda timer, **_: Namespace(median=timer._timeit(1)))
     monkeypatch.setattr(measure, "measure_in_subprocess", lambda *_: PROCESS)
 
@@ -55,19 +57,19 @@ def test_flops_of_a_small_network_by_hand(monkeypatch):
         encode = decode = forward
 
     monkeypatch.setattr(measure, "build", lambda config: dict.fromkeys(("unet", "vae", "text"), Attention()))
-    counted = measure.flops(load_config("toy"), 16, 1)
+    counted = flops(load_config("toy"), 16, 1)
     assert set(counted.values()) == {4 * b * n * m * d} and len(counted) == 4
 
 
 def test_flops_of_the_released_network():
-    counted = measure.flops(load_config("ip2p"), 512, 1)
+    counted = flops(load_config("ip2p"), 512, 1)
     assert counted["step"] == 2_410_103_439_360  # three branches at 512 px: 803 GFLOP each, as is known of this UNet
     assert counted["text"] < counted["encode"] < counted["decode"]
 
 
 def test_flops_grow_with_the_batch():
     config = load_config("toy")
-    assert measure.flops(config, 64, 2)["step"] == 2 * measure.flops(config, 64, 1)["step"]
+    assert flops(config, 64, 2)["step"] == 2 * flops(config, 64, 1)["step"]
 
 
 def test_the_ceiling_is_a_rate(monkeypatch):
@@ -133,8 +135,8 @@ def run_setting(chosen: Namespace) -> Namespace:
 def test_options_of_the_compiler_exist():
     from torch._inductor import config
 
-    assert all(hasattr(config, option) for flag in FLAGS for option in flag)
-    assert all(getattr(config, option) == value for option, value in FLAGS[0].items())  # the first changes nothing
+    options = [tried.split("=") for tried in TRIES if "=" in tried]
+    assert options and all(getattr(config, name) != bool(int(value)) for name, value in options)
 
 
 # ---- what is compared
@@ -183,8 +185,8 @@ def test_what_computes_something_else_is_not_timed(monkeypatch):
         def denoise(self, *args):
             return 1.01 * super().denoise(*args)
 
-    def open_editor(*args, low_memory=False):
-        editor = load(*args)
+    def open_editor(*args, low_memory=False, **options):
+        editor = load(*args, **options)
         editor.__class__ = Wrong if low_memory else Editor
         return editor
 
@@ -227,7 +229,7 @@ def test_full_on_a_cpu(tmp_path, capsys, monkeypatch):
     assert main(["speed", "--full", "--minutes", "5", *TINY, "--out", str(tmp_path)]) == 0
     printed, err = capsys.readouterr()
     result = json.loads((tmp_path / "speed.json").read_text())
-    card = {"equality in bfloat16 too", "compiled_sizes", "flags"}
+    card = {"equality in bfloat16 too", "compiled_sizes", "tries"}
     assert set(result["left_out"]) == card | {"diffusers"}
     assert all("CUDA" in result["left_out"][what] for what in card) and "pip install" in result["left_out"]["diffusers"]
     assert all(f"- left out: {what}" in printed and what in err for what in result["left_out"])
@@ -243,6 +245,36 @@ def test_full_on_a_cpu(tmp_path, capsys, monkeypatch):
         assert f"## {title}" in printed
 
 
+def test_what_a_card_alone_is_asked(monkeypatch):
+    """With the CPU in its place."""
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    asked, dtypes = [], set()
+    cuda = {"step_cuda": [2e9, 3e9], "seconds": {"step": 0.0087, "encode": 0.01, "decode": 0.02}}
+
+    def open_editor(*args, **options):
+        dtypes.add(args[3])
+        return load(*args, **options)
+
+    def process(chosen, name, tried=None):
+        asked.append((name, tried))
+        return PROCESS | cuda
+
+    monkeypatch.setattr(measure, "measure_in_subprocess", process)
+    monkeypatch.setattr(against, "load", open_editor)
+    card = Run(setting("--full", *TINY), time.monotonic() + 300, lambda result: json.dumps(result))
+    card.cuda = card.result["machine"]["cuda"] = True
+    for part in ("equality", "compiled_sizes", "memory", "tries"):
+        getattr(card, part)()
+    assert not card.result["left_out"]
+    assert dtypes == {None, "bfloat16"} and list(card.result["equality"]) == ["float32", "bfloat16"]
+    assert all("emilie, low memory" in rows for rows in card.result["equality"].values())
+    assert [list(one["backends"]) for one in card.result["runs"]] == 4 * [["emilie, eager", "emilie, compiled"]]
+    assert asked == [(f"emilie, {way}", None) for way in WAYS] + [("emilie, compiled", tried) for tried in TRIES]
+    text = report.markdown(card.result)
+    assert text.index("## Seconds") < text.index("over another's")
+    assert "| 2 (3) |" in text and "| conv_1x1_as_mm=1 | 1.0 | 8.7 | 10 | 20 |" in text
+
+
 def test_with_full_what_fails_is_left_out(monkeypatch):
     """And the others go on."""
     monkeypatch.setitem(sys.modules, "diffusers", None)
@@ -255,7 +287,7 @@ def test_with_full_what_fails_is_left_out(monkeypatch):
     monkeypatch.setattr(against, "load", open_editor)
     result = run(setting("--full", *TINY, "--parts", "times,profile"), time.monotonic())
     assert "same device" in result["left_out"]["emilie, low memory, 32 px, batch 1"]
-    assert list(result["profile"]) == ["emilie, eager", "emilie, compiled"]
+    assert list(result["profile"]) == [f"emilie, {way}" for way in WAYS if way != "low memory"]
     assert all(row["repeats"] for row in result["runs"][0]["backends"].values())
     with pytest.raises(RuntimeError, match="same device"):
         run(setting("--low-memory", *TINY), time.monotonic())

@@ -1,0 +1,185 @@
+"""`emilie edit`: a picture, edited by one instruction after another, each anywhere or in a mask."""
+
+import argparse
+import glob
+import os
+from dataclasses import fields
+from pathlib import Path
+
+from ..canvas.settings import CHOICES, Settings
+from ..errors import CanvasError, InstructionError, MaskError
+from .options import add_model_options, add_path_options, edit_with_bar, load_editor, writable
+
+HELP = {  # of the fields of Settings that are options
+    "soft": "keep the masks' greys instead of thresholding them",
+    "gate": "what a mask does (default: anchor)",
+    "keep_background": "outside a mask keep the pixels, to the bit",
+    "rescale": "how the factor f is found (default: paper)",
+    "iterate": "what the next edit starts from",
+    "steps": "sampling steps; more is slower and finer",
+    "sampler": "dpmpp_2m*: for few steps",
+    "guidance_interval": "guide only between these noise levels (sigmas)",
+    "reuse": "run the deep layers at every N-th step only",
+    "text_scale": "how strongly to follow the instruction",
+    "image_scale": "how closely to stay with the picture",
+    "seed": "of all noise (default: 0, or what the --canvas began with)",
+}
+METAVARS = {"guidance_interval": "LOW,HIGH", "reuse": "N"}
+READ = {  # what an option's text becomes, by the field's type
+    int: int,
+    int | None: int,
+    float | None: float,
+    tuple[float, float] | None: lambda text: tuple(text.split(",")),
+}
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("input", metavar="IMAGE", help="the picture; may be left out with a --canvas that exists")
+    sub.add_argument("instructions", metavar="INSTRUCTION", nargs="*", help="what to change; several are done in turn")
+    sub.add_argument("--mask", action="append", default=[], metavar="N=FILE", help="edit N only where FILE is white")
+    sub.add_argument("--box", action="append", default=[], metavar="N=X0,Y0,X1,Y1", help="edit N only in this box, px")
+    sub.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="N=WHERE:INSTRUCTION",
+        help="do this too in edit N, in the same pass; WHERE: a mask's FILE or X0,Y0,X1,Y1. What edit N itself says "
+        "then holds in its own mask or, without one, everywhere else",
+    )
+    for field in fields(Settings):  # which checks the values
+        if field.name in HELP:
+            given = dict(help=HELP[field.name], default=field.default)
+            if field.type is bool:
+                given |= dict(action="store_true")
+            else:
+                given |= dict(type=READ.get(field.type), choices=CHOICES.get(field.name))
+                given |= dict(metavar=METAVARS.get(field.name))
+            sub.add_argument("--" + field.name.replace("_", "-"), **given)
+    sub.add_argument("--resolution", type=resolution, help='longer side to work at, in px, or "native"')
+    sub.add_argument("--input-size", action="store_true", help="write pictures at the input's size")
+    sub.add_argument("--canvas", type=Path, metavar="FILE", help="keep the session here; goes on with one that exists")
+    sub.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the pictures")
+    add_model_options(sub)
+    add_path_options(sub)
+
+
+def resolution(text: str) -> int | str:
+    return text if text == "native" else int(text)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..canvas import images
+    from ..canvas.canvas import open as open_canvas
+    from ..canvas.session import is_session
+    from ..canvas.strip import strip
+
+    changes = {name: getattr(args, name) for name in HELP}
+    Settings(**changes)  # what no edit can use is told before anything is loaded
+    going_on = args.canvas is not None and os.path.exists(args.canvas)
+    if going_on and not os.path.exists(args.input) and not looks_like_a_file(args.input):
+        args.input, args.instructions = None, [args.input, *args.instructions]
+    if going_on and not is_session(args.canvas):
+        raise CanvasError(f"{args.canvas} is there and no canvas: name another file with --canvas")
+    if going_on and args.resolution is not None:
+        raise CanvasError("--resolution belongs to the start of a session, and --canvas goes on with one")
+    if not args.instructions:
+        raise InstructionError('no instruction: say what to change, as in `emilie edit photo.png "make it winter"`')
+    if not all(text.strip() for text in args.instructions):
+        raise InstructionError("an instruction is empty: say what to change")
+    edits = read_edits(args)
+    if args.input is None and args.input_size:
+        raise CanvasError("--input-size needs the picture as first argument: the canvas keeps its working size only")
+    original = images.read_image(args.input) if args.input is not None else None
+
+    editor = load_editor(args)
+    if going_on:
+        canvas = open_canvas(args.canvas, editor)
+        opened = canvas.states[0].image
+        refit = images.crop if canvas.native else images.fit
+        if original is not None and refit(original, opened.size).tobytes() != opened.tobytes():
+            raise CanvasError(f"{args.canvas} is a session on another picture than {args.input}")
+    else:
+        canvas = open_canvas(original, editor, args.seed or 0, args.resolution)
+    for regions in edits:  # so that the last edit's mask does not fail after an hour of edits
+        canvas.read_regions([mask for _, mask in regions], args.soft)
+        editor.text.tokenize([text for text, _ in regions])
+    folder = writable(args.out)
+    if args.canvas is not None:
+        writable(args.canvas.parent, "--canvas")
+
+    stem = Path(args.input).stem if args.input is not None else args.canvas.name.split(".")[0]
+    numbers = range(len(canvas.states), len(canvas.states) + len(args.instructions))
+    name = unused_name(folder, stem, numbers if going_on else None)
+    session = args.canvas or folder / f"{name}.canvas.safetensors"
+    cells = [(canvas.image, "input" if canvas.at == 0 else canvas.state.instruction, None)]
+    for i, regions in enumerate(edits, 1):
+        masked = all(mask is not None for _, mask in regions)
+        image = edit_with_bar(canvas, i, regions, **changes | {"keep_background": args.keep_background and masked})
+        cells.append((image, canvas.state.instruction, canvas.state.mask))
+        out = images.restore_size(image, original, canvas.native, canvas.edited_mask()) if args.input_size else image
+        path = images.save(out, folder / f"{name}_{canvas.at}.png")
+        canvas.save(session)
+        print(f"wrote {path} and {session}")
+    name = f"{name}_{canvas.at}" if going_on else name
+    print(f"wrote {images.save(strip(cells), folder / f'{name}_strip.png')}")
+
+
+def read_edits(args: argparse.Namespace) -> list[list[tuple]]:
+    """The instructions, --mask N=FILE, --box N=X0,Y0,X1,Y1 and --also -> of each edit its (instruction, mask) pairs."""
+    masks, also = {}, {n: [] for n in range(1, len(args.instructions) + 1)}
+    examples = {"--mask": "2=mask.png", "--box": "2=10,10,200,200", "--also": '"2=mask.png:make it blue"'}
+    for option, values in (("--mask", args.mask), ("--box", args.box), ("--also", args.also)):
+        for value in values:
+            number, _, what = value.partition("=")
+            if not number.isdecimal() or not what:
+                raise MaskError(f"{option} {value}: say which edit it is for, as in {option} {examples[option]}")
+            if int(number) not in also:
+                raise MaskError(f"{option} {value}: there is no edit {number}, only 1 to {len(also)}")
+            if option == "--also":
+                where, _, text = what.partition(":")
+                if not where or not text.strip():
+                    raise InstructionError(f"{option} {value}: say where and what, as in {option} {examples[option]}")
+                is_box = set(where) <= set("0123456789,- ")
+                also[int(number)].append((text.strip(), read_box(where, f"{option} {value}") if is_box else where))
+                continue
+            if int(number) in masks:
+                raise MaskError(f"{option} {value}: edit {number} has a mask already")
+            masks[int(number)] = read_box(what, f"{option} {value}") if option == "--box" else what
+    if args.keep_background and not masks:
+        raise MaskError("--keep-background needs a --mask or --box: without one there is no background")
+    return [[(text, masks.get(n)), *also[n]] for n, text in enumerate(args.instructions, 1)]
+
+
+def read_box(text: str, option: str) -> tuple[int, ...]:
+    try:
+        box = tuple(int(v) for v in text.split(","))
+    except ValueError:
+        box = ()
+    if len(box) != 4:
+        raise MaskError(f"{option}: a box is four whole numbers X0,Y0,X1,Y1")
+    return box
+
+
+def looks_like_a_file(text: str) -> bool:
+    from PIL import Image
+
+    return os.sep in text or Path(text).suffix.lower() in Image.registered_extensions()
+
+
+def unused_name(folder: Path, stem: str, numbers: range | None = None) -> str:
+    """`stem`, or `stem-2`, ...: the first under which nothing was written, so that no run overwrites another.
+
+    numbers: of the pictures that a continued session will write, which may stand beside its earlier ones.
+    """
+
+    def used(name: str) -> bool:
+        if numbers is not None:
+            return any((folder / f"{name}_{n}.png").exists() for n in numbers)
+        pictures = any(folder.glob(f"{glob.escape(name)}_[0-9]*.png"))
+        return pictures or (folder / f"{name}.canvas.safetensors").exists()
+
+    number, name = 1, stem
+    while used(name):
+        number += 1
+        name = f"{stem}-{number}"
+    return name

@@ -1,0 +1,63 @@
+"""What several commands share: the options of the model and its loading, the folder to write to, the bar of an edit."""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from ..errors import EmilieError
+
+
+def add_model_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--weights", help="a .ckpt or .safetensors file (default: the small model that ships)")
+    sub.add_argument("--config", help="ip2p, sd15, toy or a YAML file (default: told by the weights)")
+    sub.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder with CLIP's vocab.json and merges.txt")
+    sub.add_argument("--device", help="cuda, cpu, ... (default: the best here)")
+    sub.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on CUDA, else float32"
+    )
+
+
+def add_path_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--compile", action="store_true", help="on a GPU: faster still, compiles for about a minute, once")
+    sub.add_argument("--low-memory", action="store_true", help="slower, the same result; for a GPU of 4 GB, or without")
+    sub.add_argument("--plain", action="store_true", help="the network as it reads: no CUDA graphs, no faster CPU path")
+
+
+def load_editor(args: argparse.Namespace):
+    """The `Editor` of these options, told in a line."""
+    from ..loading import load
+
+    editor = load(
+        args.weights,
+        args.config,
+        args.device,
+        args.dtype,
+        args.tokenizer,
+        args.compile or None,
+        args.low_memory,
+        args.plain,
+    )
+    print(f"{editor.model}: {editor.family} weights, {editor.dtype}, {editor.device}".replace("torch.", ""))
+    return editor
+
+
+def writable(folder: Path, option: str = "--out") -> Path:
+    """The folder, made if need be, once a file could be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise EmilieError(f"cannot write to {folder}: {error.strerror}; choose another folder with {option}") from error
+    return folder
+
+
+def edit_with_bar(canvas, number: int, regions: list[tuple], **settings):
+    """`Canvas.edit`, the number-th of this run, with a bar of its steps."""
+    from tqdm import tqdm
+
+    steps = settings.get("steps") or canvas.editor.config.sampling.steps
+    with tqdm(total=steps, desc=f"{number}. {' + '.join(text for text, _ in regions)}", leave=True) as bar:
+        for step in canvas.steps(regions, **settings):
+            bar.update(step.sigma > 0)
+    return canvas.image

@@ -1,0 +1,156 @@
+"""The studio's page as gradio lays it out, and what its buttons do to a `Visitor`.
+
+A visitor is the page's gr.State: gradio keeps it while the page is open, and for an hour after its last event where
+only the connection broke. `page.visitors` finds it by its key while it lives, for what `door` sends, fetches, stops.
+"""
+
+import random
+import traceback
+from collections.abc import Callable, Iterator
+from html import escape
+from types import SimpleNamespace
+from weakref import WeakValueDictionary
+
+import gradio as gr
+
+from ..canvas.canvas import check_can_edit
+from ..canvas.settings import GATES
+from ..emilie import Editor
+from ..errors import EmilieError
+from .visitor import Visitor, picture_html, small_world, tree_html
+
+PAGES, WAITING = 256, 20  # visitors that are kept, the latest ones; events that may wait
+TOOLS = """<div class="tools">
+  <button data-tool="brush" title="Paint where to edit">Brush</button>
+  <button data-tool="box" title="Drag a box where to edit">Box</button>
+  <button data-tool="erase" title="Take paint away">Eraser</button>
+  <input type="range" min="2" max="50" value="14" title="Size of brush and eraser">
+  <button data-tool="clear" title="No paint: edit everywhere">Clear</button>
+  <button data-tool="open" title="A picture, or a canvas that was saved">Open ...</button><input type="file" hidden>
+  <span>Paint where to edit; without paint, everywhere.</span>
+</div>"""
+
+
+def build(editor: Editor) -> gr.Blocks:
+    """The page, with its `visitors` by their keys. Raises CheckpointError where weights cannot edit."""
+    check_can_edit(editor)
+    with gr.Blocks(title="EMILIE studio", analytics_enabled=False) as page:
+        page.visitors, page.state_session_capacity = WeakValueDictionary(), PAGES
+        connect(page, editor, layout(editor))
+    return page.queue(max_size=WAITING, api_open=False)
+
+
+def layout(editor: Editor) -> SimpleNamespace:
+    """What is on the page, by name."""
+    on, defaults = SimpleNamespace(), editor.config.sampling
+    small, words = small_world(editor), editor.text.config.words
+
+    def button(told: str, **more) -> gr.Button:
+        return gr.Button(told, size="sm", min_width=70, elem_id=told.split()[-1].lower(), **more)
+
+    def scale(default: float, label: str, info: str) -> gr.Slider:
+        return gr.Slider(0, 2 * default, default, label=label, info=info)
+
+    on.visitor = gr.State()
+    gr.HTML("<b>EMILIE studio</b> one instruction after another, anywhere or where you paint", elem_id="head")
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=320):
+            on.picture = gr.HTML(
+                html_template=TOOLS + "${value}", js_on_load="studio.board(element, trigger)", elem_id="picture"
+            )
+            with gr.Row():
+                on.undo, on.redo, on.scene = button("Undo"), button("Redo"), button("New scene", visible=small)
+        with gr.Column(scale=4, min_width=320):
+            on.text = gr.Textbox(label="What to change?", placeholder="make it night", max_lines=3, autofocus=True)
+            with gr.Row():
+                on.go = gr.Button("Edit", variant="primary", scale=3, elem_id="go")
+                on.stop = gr.Button("Stop", scale=1, min_width=60, elem_id="stop")
+            on.status = gr.HTML(elem_id="status")
+            on.examples = gr.Dataset(
+                label="For this picture", components=[on.text], samples=[[""]], visible=small, elem_id="examples"
+            )
+            if words:
+                gr.HTML(f"<details class=words><summary>The words it knows</summary>{' '.join(words)}</details>")
+            told = "Nothing happens? Raise it. Colours glare, or other things change too? Lower it."
+            on.text_scale = scale(defaults.text_scale, "How strongly to follow the instruction", told)
+            told = "Too much changes? Raise it. Too little? Lower it."
+            on.image_scale = scale(defaults.image_scale, "How closely to stay with the picture", told)
+            with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+                on.steps = gr.Slider(1, 100, defaults.steps, step=1, label="Steps", info="More is slower and finer.")
+                told = "Another number, another result. Empty: the canvas's own."
+                on.seed = gr.Number(label="Seed", precision=0, info=told)
+                told = "anchor: what is outside stays. guidance: steers inside only. eq8: leaves noise outside."
+                on.gate = gr.Radio(list(GATES), value=GATES[0], label="What the paint does (gate)", info=told)
+                on.keep = gr.Checkbox(label="Outside the paint keep every pixel, to the bit", elem_id="keep")
+    on.tree = gr.HTML(js_on_load="studio.tree(element, trigger)", elem_id="edits")
+    on.paint = gr.Textbox(visible=False)
+    return on
+
+
+def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
+    """What happens at a click. The networks do one thing at a time; who waits is told his place."""
+    shown = [on.visitor, on.status, on.picture, on.tree, on.undo, on.redo, on.examples]
+    sent = ("text_scale", "image_scale", "steps", "seed", "gate")
+
+    def doing(do: Callable[..., str | Iterator[tuple[str, float]]]) -> Callable:
+        """A handler: do one thing at a time with a visitor's canvas; show how it goes, and what it is then."""
+
+        def handler(visitor: Visitor | None, *inputs) -> Iterator[list]:
+            visitor = visitor or Visitor(editor)
+            page.visitors[visitor.key] = visitor
+            if not visitor.busy.acquire(blocking=False):
+                yield told(visitor, "an edit is under way: wait for it, or press Stop", refused=True)
+                return
+            try:
+                notes = do(visitor, *inputs)
+                for note, done in [(notes, 1)] if isinstance(notes, str) else notes:
+                    if done < 1:
+                        yield told(visitor, note, done)
+                yield [visitor, *show(visitor, note)]
+            except EmilieError as error:
+                yield told(visitor, str(error), refused=True)
+            except Exception:  # of one visitor's edit; the page and the others go on
+                traceback.print_exc()
+                yield told(visitor, "this failed here, and the picture is as it was: try something else", refused=True)
+            finally:
+                visitor.busy.release()
+
+        return handler
+
+    def told(visitor: Visitor, note: str, done: float | None = None, refused: bool = False) -> list:
+        bar = "" if done is None else f'<progress value="{done}"></progress>'
+        line = f'<p class="{"refused" if refused else ""}">{escape(note)}</p>{bar}'
+        return [visitor, line, *[gr.skip()] * (len(shown) - 2)]
+
+    def show(visitor: Visitor, note: str) -> list:
+        canvas = visitor.canvas
+        return [
+            f"<p>{escape(note)}</p>",
+            picture_html(visitor),
+            tree_html(canvas),
+            gr.update(interactive=canvas is not None and canvas.at > 0),
+            gr.update(interactive=canvas is not None and bool(canvas.redo_stack)),
+            gr.Dataset(samples=[[text] for text in visitor.suggestions()]),
+        ]
+
+    def edit(visitor: Visitor, text: str | None, paint: str | None, keep: bool, *settings) -> Iterator:
+        return visitor.edit(text or "", paint or "", keep_background=keep, **dict(zip(sent, settings)))
+
+    def went(visitor: Visitor | None, event: gr.EventData) -> Iterator[list]:
+        yield from doing(lambda visitor: visitor.branch(int(event._data["state"])))(visitor)
+
+    new_scene = doing(lambda visitor: visitor.new_scene(random.randrange(10**6)))
+    common = dict(inputs=on.visitor, outputs=shown, api_visibility="private")
+    quick = common | dict(concurrency_limit=None, show_progress="hidden")
+    slow = common | dict(concurrency_id="networks", concurrency_limit=1, show_progress_on=on.picture)
+    page.load(new_scene if small_world(editor) else doing(lambda visitor: ""), **slow)
+    inputs = [on.visitor, on.text, on.paint, on.keep, *(getattr(on, name) for name in sent)]
+    asked = slow | dict(inputs=inputs, js="(...inputs) => studio.inputs(...inputs)")
+    gr.on([on.go.click, on.text.submit], doing(edit), **asked)
+    on.scene.click(new_scene, **slow)
+    on.picture.select(doing(Visitor.open_uploaded), **slow)
+    on.undo.click(doing(Visitor.undo), **quick)
+    on.redo.click(doing(Visitor.redo), **quick)
+    on.tree.select(went, **quick)
+    on.stop.click(None, js="() => studio.stop()")
+    on.examples.click(lambda sample: sample[0], **quick | dict(inputs=on.examples, outputs=on.text))

@@ -1,0 +1,424 @@
+"""What an attacker may write to the studio: real requests, of every event, every input and every route."""
+
+import base64
+import importlib.util
+import io
+import json
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import emilie_min
+from emilie_min.app import door
+from emilie_min.canvas.canvas import Canvas
+from emilie_min.toy import world
+
+pytestmark = [
+    pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="not installed: gradio"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio.*"),
+]
+LOAD, EDIT, SCENE, OPENED, UNDO, REDO, TREE, _, EXAMPLES = range(9)  # the page's events by their numbers
+
+
+@pytest.fixture(scope="module")
+def editor():
+    editor = emilie_min.load(device="cpu")
+    editor.config.sampling.steps = 2
+    return editor
+
+
+@pytest.fixture(scope="module")
+def page(editor):
+    from pages import served
+
+    with served(editor) as page:
+        yield page
+
+
+@pytest.fixture
+def caller(page):
+    from pages import Caller
+
+    return Caller(page).enter()
+
+
+@pytest.fixture
+def secret(tmp_path) -> Path:
+    """A private picture: to be opened is to be read."""
+    path = tmp_path / "secret.png"
+    Image.new("RGB", (64, 64), (12, 34, 56)).save(path)
+    return path
+
+
+def spellings(path: Path) -> list:
+    """How an event may name a file."""
+    link = path.parent / "link"
+    link.symlink_to(path)
+    meta = {"_type": "gradio.FileData"}
+    named = [
+        {"path": str(path), "meta": meta},
+        {"path": str(link), "meta": meta},
+        {"path": f"file://{path}", "meta": meta},
+        {"path": "", "url": f"file://{path}", "meta": meta},
+        {"path": "x", "url": f"http://127.0.0.1:1/{path}", "meta": meta},
+        {"path": "http://127.0.0.1:1/x", "meta": meta},
+        {"path": "data:image/png;base64,AAAA", "meta": meta},
+        {"path": str(path)},
+        {"url": str(path), "meta": meta},
+    ]
+    one = named[0]
+    nested = [[one], [[one]], {"a": one}, {"a": [{"b": one}]}, {"__type__": "update", "value": one}, {"value": one}]
+    return [*named, *nested]
+
+
+def test_no_event_takes_a_file_in_any_input(page, caller, secret):
+    good = {LOAD: [None], EDIT: caller.edit("make it night"), EXAMPLES: [0]}
+    files, tried = spellings(secret), 0
+    for number, fn in page.fns.items():
+        values = good.get(number, [None] * len(fn.inputs))
+        for place in range(len(values)):
+            for file in files:
+                bad = [*values[:place], file, *values[place + 1 :]]
+                assert caller.join(number, bad)[0] == 422, (number, place, file)
+                tried += 1
+    assert tried > 15 * len(files) - 1
+    assert len(caller.visitor.canvas.states) == 1
+
+
+def test_what_else_an_event_brings_goes_no_further(caller, secret):
+    for more in (
+        {"path": str(secret), "meta": {"_type": "gradio.FileData"}},
+        {"state": {"path": str(secret)}},
+        [1],
+        "x",
+    ):
+        told = caller.do(TREE, [None], event_data=more)
+        assert "failed here" in told and str(secret) not in told
+    assert "At 0" in caller.do(TREE, [None], event_data={"state": "0", "path": str(secret)})
+    told = caller.do(SCENE, [None], event_id=str(secret), simple_format=True, batched=True, oauth_token="x", request={})
+    assert "of the small world" in told
+
+
+BODIES = {
+    "no JSON": b"data=1",
+    "a list": b"[]",
+    "nested beyond measure": b"[" * 100_000,
+    "no data": b'{"fn_index": 4, "session_hash": "a"}',
+    "data twice": b'{"fn_index": 4, "session_hash": "a", "data": [null], "data": [{"path": "/etc/passwd"}]}',
+    "too much data": b'{"fn_index": 4, "session_hash": "a", "data": [null, null]}',
+    "an unknown event": b'{"fn_index": 99, "session_hash": "a", "data": [null]}',
+    "an event that is true": b'{"fn_index": true, "session_hash": "a", "data": [null]}',
+    "an event by its name": b'{"fn_index": "4", "session_hash": "a", "data": [null]}',
+    "no page": b'{"fn_index": 4, "data": [null]}',
+    "a page that is a path": b'{"fn_index": 4, "session_hash": "../a", "data": [null]}',
+    "a page that is a list": b'{"fn_index": 4, "session_hash": ["a"], "data": [null]}',
+    "not a number": b'{"fn_index": 1, "session_hash": "a", "data": [null, "x", "", false, NaN, 1, 2, null, "eq8"]}',
+    "infinite": b'{"fn_index": 1, "session_hash": "a", "data": [null, "x", "", false, 1e999, 1, 2, null, "eq8"]}',
+    "a text for a number": b'{"fn_index": 1, "session_hash": "a", "data": [null, "x", "", false, "1", 1, 2, null, ""]}',
+    "a number for a text": b'{"fn_index": 1, "session_hash": "a", "data": [null, 1, "", false, 1, 1, 2, null, "eq8"]}',
+    "no UTF-8": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_malformed_event(name, caller):
+    for path in ("/gradio_api/queue/join", "/gradio_api/queue/%6aoin", "/gradio_api/queue/join?x=1"):
+        assert caller.ask("POST", path, BODIES[name], Content_Type="application/json")[0] == 422
+
+
+CLOSED = """
+GET /gradio_api/file={secret} | GET /file={secret} | GET /gradio_api/file/{secret} | HEAD /gradio_api/file={secret}
+GET /gradio_api/file=file://{secret} | GET /gradio_api/proxy=http://127.0.0.1:1/x | GET /proxy=file://{secret}
+GET /static/../../../../../../../..{secret} | GET /static/%2e%2e/%2e%2e{secret} | GET /static//{secret}
+GET /static/{secret} | GET /assets/..%2f..%2f..%2f..%2f..%2f..{secret} | GET /assets/..{secret}
+GET /svelte/..{secret} | GET //{secret} | GET {secret} | GET /save/../{secret} | GET /save/x/..%2f{secret}
+GET /theme.css/..{secret} | GET /custom_component/0/server/x/y
+GET /gradio_api/custom_component/0/client/component/..{secret} | GET /config | GET /gradio_api/info
+GET /gradio_api/openapi.json | GET /gradio_api/deep_link?session_hash=x | GET /gradio_api/runs
+GET /gradio_api/queue/status | GET /monitoring | GET /docs | GET /gradio_api/stream/x/0/0/playlist.m3u8
+GET /gradio_api/stream/x/0/0/playlist-file | GET /gradio_api/upload_progress?upload_id=x | GET /gradio_api/call/edit/x
+POST /gradio_api/call/edit | POST /gradio_api/run/predict | POST /gradio_api/api/predict | POST /run/predict
+POST /gradio_api/upload | POST /upload | POST /gradio_api/component_server | POST /gradio_api/process_recording
+POST /gradio_api/reset | POST /gradio_api/cancel | POST /gradio_api/vibe-edit | POST /gradio_api/stream/x
+POST /login | PUT / | DELETE / | OPTIONS / | POST / | GET /gradio_api/queue/join | POST /gradio_api/queue/data
+PATCH /gradio_api/queue/join | POST /gradio_api//queue/join
+"""
+
+
+def test_every_other_way_is_closed(caller, secret, tmp_path):
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="../../../../evil.png"\r\n\r\nevil\r\n--x--\r\n'
+    )
+    ways = [way.strip() for line in CLOSED.strip().splitlines() for way in line.split("|")]
+    for way in ways:
+        method, path = way.format(secret=secret).split()
+        kind = "multipart/form-data; boundary=x" if "upload" in path else "application/json"
+        status, answer, _ = caller.ask(method, path, body if method == "POST" else None, Content_Type=kind)
+        assert (status, answer if method != "HEAD" else b"") == (404, b"there is nothing here" * (method != "HEAD")), (
+            way
+        )
+    assert len(ways) > 45
+
+
+def test_a_link_to_a_saved_state_is_not_followed(caller):
+    assert b'"deep_link_state":"none"' in caller.ask("GET", "/?deep_link=../../x")[1]
+
+
+def test_uploads(caller, tmp_path, monkeypatch):
+    monkeypatch.setattr(door.tempfile, "tempdir", str(tmp_path / "temp"))
+    (tmp_path / "temp").mkdir()
+    out = io.BytesIO()
+    world.render(world.scene(9)).save(out, "PNG")
+    for name in ("a.png", "../../a.png", "/etc/passwd", "..\\a", "a\0b", "a" * 5000, "\x1b[31m", "<b>", ""):
+        assert caller.upload(name, out.getvalue()) == 204
+        (folder,) = (tmp_path / "temp").iterdir()
+        assert folder.stat().st_mode & 0o77 == 0 and len(list(folder.iterdir())) == 1
+        told = caller.do(OPENED, [None])
+        assert "is open" in told and "\\u001b" not in told and "/temp/" not in told
+        assert np.array_equal(caller.visitor.canvas.image, world.render(world.scene(9)))
+        assert list((tmp_path / "temp").iterdir()) == []
+    canvas = caller.visitor.canvas
+    for name, content in (
+        ("a.png", b""),
+        ("a.png", out.getvalue()[:100]),
+        ("a.safetensors", b"\xff" * 99),
+        ("a", b"{}" * 9),
+    ):
+        assert caller.upload(name, content) == 204
+        assert "cannot be read" in caller.do(OPENED, [None])
+    assert "did not arrive" in caller.do(OPENED, [None])  # nothing was sent before
+    monkeypatch.setattr(door, "UPLOAD", 1000)
+    assert caller.upload("a.png", b"x" * 2000) == 413
+    assert "did not arrive" in caller.do(OPENED, [None])
+    assert list((tmp_path / "temp").iterdir()) == [] and caller.visitor.canvas is canvas
+
+
+def test_an_upload_starts_no_program(caller, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    called = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **more: called.append(args))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
+    assert caller.upload("photo.png", eps) == 204
+    assert "photo.png cannot be read as a picture" in caller.do(OPENED, [None]) and not called
+
+
+def test_one_visitor_never_sees_anothers(page, caller):
+    from pages import Caller
+
+    other = Caller(page).enter()
+    assert other.key != caller.key and len(other.key) > 40
+    for one in (caller, other):
+        status, data, headers = one.ask("GET", f"/save/{one.key}/picture")
+        assert status == 200 and headers["cache-control"] == "no-store"
+        assert np.array_equal(Image.open(io.BytesIO(data)), one.visitor.canvas.image)
+    for method, path in (
+        ("POST", "/open/{}"),
+        ("POST", "/stop/{}"),
+        ("GET", "/save/{}/picture"),
+        ("GET", "/save/{}/canvas"),
+    ):
+        for key in ("x", other.key[:-1], other.key.swapcase(), other.session):
+            assert caller.ask(method, path.format(key), b"x" if method == "POST" else None)[0] == 404
+    assert caller.ask("GET", f"/save/{caller.key}/key")[0] == 404
+    assert other.upload("mine.png", b"x") == 204
+    assert "did not arrive" in caller.do(OPENED, [None])  # what another sent is not there to open
+    assert other.key not in caller.do(UNDO, [None])
+
+
+def test_a_mask_that_unpacks_to_more_than_the_picture(caller):
+    out = io.BytesIO()
+    Image.new("RGBA", (9000, 1)).save(out, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(out.getvalue()[:60]).decode()  # who unpacks it finds it cut short
+    assert "same size" in caller.do(EDIT, caller.edit("make it night", url))
+    for bad in ("/etc/passwd", "file:///etc/passwd", "data:image/png;base64,/etc/passwd"):
+        assert "paint it again" in caller.do(EDIT, caller.edit("make it night", bad))
+    assert "too long" in caller.do(EDIT, caller.edit("make it night " * 1000))
+    assert len(caller.visitor.canvas.states) == 1
+
+
+def test_an_event_has_a_size(caller, monkeypatch):
+    monkeypatch.setattr(door, "EVENT", 10_000)
+    assert caller.join(EDIT, caller.edit("x" * 10_000))[0] == 413
+
+
+# ---- several visitors
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Edits stop before their second step until this is set."""
+    steps, gate = Canvas.steps, threading.Event()
+
+    def waiting(self, *args, **kwargs):
+        for step in steps(self, *args, **kwargs):
+            yield step
+            assert gate.wait(60)
+
+    monkeypatch.setattr(Canvas, "steps", waiting)
+    yield gate
+    gate.set()
+
+
+def until(what, seconds: float = 60):
+    end = time.time() + seconds
+    while not what():
+        assert time.time() < end
+        time.sleep(0.02)
+
+
+def test_one_is_stopped_without_another(page, caller, gate):
+    from pages import Caller
+
+    other = Caller(page).enter()
+    for one in (caller, other):
+        assert one.join(EDIT, one.edit("make it night"))[0] == 200
+    until(lambda: caller.visitor.busy.locked())
+    messages = caller.messages()
+    assert caller.join(UNDO, [None])[0] == 200  # on the same page nothing else happens meanwhile
+    assert any("an edit is under way" in json.dumps(message) for message in messages)
+    assert caller.ask("POST", f"/stop/{caller.key}", b"")[0] == 204
+    gate.set()
+    assert any("stopped: the picture is as it was" in json.dumps(message) for message in messages)
+    assert "Edit 1: make it night" in json.dumps(other.results())
+    assert len(caller.visitor.canvas.states) == 1 and len(other.visitor.canvas.states) == 2
+
+
+def test_a_closed_page_stops_its_edit(caller, gate):
+    assert caller.join(EDIT, caller.edit("make it night"))[0] == 200
+    stream = caller.open_stream()
+    until(lambda: caller.visitor.busy.locked())
+    next(stream)
+    stream.close()
+    time.sleep(0.5)
+    gate.set()
+    until(lambda: not caller.visitor.busy.locked())
+    assert len(caller.visitor.canvas.states) == 1
+
+
+def test_the_queue_has_a_length(caller, gate):
+    from emilie_min.app.page import WAITING
+
+    answers = [caller.join(EDIT, caller.edit("make it night"))[0] for _ in range(WAITING + 5)]
+    assert answers[:WAITING] == [200] * WAITING and answers[-1] == 503
+    caller.ask("POST", f"/stop/{caller.key}", b"")  # past the queue
+    assert caller.visitor.stopped
+    stream = caller.open_stream()
+    next(stream)
+    stream.close()  # and all that waits is gone
+
+
+def test_a_crash_leaves_the_page_alive(caller, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(Canvas, "steps", lambda *_, **__: 1 / 0)
+        told = caller.do(EDIT, caller.edit("make it night"))
+    assert "failed here" in told and "division" not in told and "ZeroDivisionError" in capsys.readouterr().err
+    assert "Edit 1" in caller.do(EDIT, caller.edit("make it night"))
+
+
+def test_a_page_that_was_closed_is_forgotten(page, monkeypatch):
+    from pages import Caller
+
+    monkeypatch.setenv("GRADIO_IS_E2E_TEST", "1")  # gradio then keeps a closed page's state for a second, not an hour
+    caller = Caller(page)
+    pulse = caller.open_stream(f"/gradio_api/heartbeat/{caller.session}")
+    caller.enter()
+    next(pulse)
+    time.sleep(2.5)
+    assert caller.key in page.visitors  # as long as it is open
+    pulse.close()
+    until(lambda: caller.key not in page.visitors)
+
+
+# ---- who comes in
+
+
+def test_only_from_this_computer(caller):
+    for host in ("evil.example", "127.0.0.1.evil.example", "evil.example:7860", "127.0.0.1/x", ""):
+        assert caller.ask("GET", "/", Host=host)[0] in (400, 403), host
+    for host in ("localhost", "127.0.0.1", f"localhost:{caller.page.port}", "[::1]:1"):
+        assert caller.ask("GET", "/", Host=host)[0] == 200
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", "http://127.0.0.1"):
+        assert caller.ask("POST", f"/stop/{caller.key}", b"", Origin=origin)[0] == 403
+    assert caller.ask("POST", f"/stop/{caller.key}", b"", Origin=caller.page.url[:-1])[0] == 204
+
+
+def test_with_a_password(editor):
+    from pages import Caller, served
+
+    with served(editor, local=False, password="ann:p:w") as page:
+        right = Caller(page, "ann:p:w").enter()
+        ways = [
+            ("GET", "/"),
+            ("GET", "/theme.css"),
+            ("POST", "/gradio_api/queue/join"),
+            ("GET", f"/save/{right.key}/picture"),
+        ]
+        ways += [("POST", f"/open/{right.key}"), ("POST", f"/stop/{right.key}"), ("GET", "/gradio_api/heartbeat/x")]
+        for wrong in ("", "ann:", "ann:p", "ann", "bob:p:w", "ann:p:w:"):
+            for method, path in ways:
+                status, _, headers = Caller(page, wrong).ask(method, path, b"{}" if method == "POST" else None)
+                assert status == 401 and headers["www-authenticate"] == "Basic", (wrong, path)
+        assert right.ask("GET", f"/save/{right.key}/picture")[0] == 200
+        assert right.ask("GET", "/?token=")[0] == 200 and Caller(page).ask("GET", "/?token=")[0] == 401
+
+
+def test_with_a_link_that_works_once(editor):
+    from pages import Caller, served
+
+    with served(editor, local=False, link="a-secret") as page:
+        caller = Caller(page)
+        for path in (
+            "/",
+            "/?token=",
+            "/?token=a-secre",
+            "/theme.css?token=a-secret",
+            "/gradio_api/queue/data?token=a-secret",
+        ):
+            assert caller.ask("GET", path)[0] == 401
+        status, _, headers = caller.ask("GET", "/?token=a-secret")
+        assert status == 303 and headers["location"] == "/" and "HttpOnly" in headers["set-cookie"]
+        assert caller.ask("GET", "/?token=a-secret")[0] == 401
+        assert caller.ask("GET", "/", Cookie="emilie=")[0] == caller.ask("GET", "/", Cookie="emilie=x")[0] == 401
+        caller.headers["Cookie"] = headers["set-cookie"].partition(";")[0]
+        assert caller.ask("GET", "/")[0] == 200
+        assert "of the small world" in caller.do(LOAD, [None])
+
+
+@pytest.mark.parametrize(
+    "host, password, note",
+    [("127.0.0.1", None, ""), ("0.0.0.0", None, "opens this link first"), ("0.0.0.0", "a:b", "password")],
+)
+def test_listening_beyond_this_computer_is_said(editor, host, password, note, monkeypatch, capsys, recwarn):
+    from emilie_min.app import studio
+
+    made = {}
+
+    class Server:
+        def run(self, sockets):
+            made["port"] = sockets[0].getsockname()[1]
+
+    def serve(editor, *settings):
+        made["settings"] = settings
+        return None, Server()
+
+    monkeypatch.setattr(studio, "serve", serve)
+    studio.studio(editor, host, 0, password=password)
+    out, local, link = capsys.readouterr().out, *(made["settings"][i] for i in (0, 2))
+    assert made["settings"][1] == (password or "") and local == (host == "127.0.0.1")
+    assert bool(link) == (not local and password is None)
+    assert f"http://{host}:{made['port']}/" + (f"?token={link}" if link else "") + " " in out
+    assert note in " ".join(str(w.message) for w in recwarn) and (bool(recwarn.list) != local)
+
+
+@pytest.mark.parametrize("password", ["", "ann", "ann:", ":pw"])
+def test_half_a_password(password, editor):
+    from emilie_min.app import studio
+    from emilie_min.errors import EmilieError
+
+    with pytest.raises(EmilieError, match="USER:PASSWORD"):
+        studio.studio(editor, port=0, password=password)
