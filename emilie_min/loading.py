@@ -11,6 +11,8 @@ from .config import BUILT_IN, TOKENIZER_FILES, load_config
 from .emilie import Editor
 from .errors import CheckpointError, EmilieError, TokenizerError, explain_oom, first_line, printable
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 
 def load(
     weights: str | Path | None = None,
@@ -35,15 +37,15 @@ def load(
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     elif isinstance(dtype, str):
-        if dtype not in ("float32", "float16", "bfloat16"):
-            raise EmilieError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
-        dtype = getattr(torch, dtype)
+        if dtype not in DTYPES:
+            raise EmilieError(f"dtype must be float32, float16 or bfloat16, not {printable(dtype, 80)}")
+        dtype = DTYPES[dtype]
     if compile and low_memory:
         raise EmilieError("compile needs the networks where low_memory does not leave them: choose one")
-    held = (device, dtype)
+    held_on, held_as = device, dtype
     if low_memory:
-        held = ("cpu", torch.float16 if (device.type, dtype) == ("cpu", torch.float32) else dtype)
-    folders = weights_folders()
+        held_on = torch.device("cpu")
+        held_as = torch.float16 if (device.type, dtype) == ("cpu", torch.float32) else dtype
     weights = shipped("toy.safetensors") if weights is None else weights
 
     if weights == "random":
@@ -53,25 +55,26 @@ def load(
         config = config or reading.detect_config(entries)
         if config is None:
             raise CheckpointError(f"{weights} is {reading.explain_unknown(entries)}")
-    config = load_config(config)
-    tokenizers = ([Path(tokenizer)] if tokenizer else []) + [f / sub for f in folders for sub in ("tokenizer", ".")]
+    settings = load_config(config)
+    tokenizers = [Path(tokenizer)] if tokenizer else []
+    tokenizers += [folder / sub for folder in weights_folders() for sub in ("tokenizer", ".")]
     with explain_oom("while the weights were loaded"):
         with torch.device("cpu" if weights == "random" else "meta"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # for "random"; nothing is drawn on the meta device
-            networks = build(config, tuple(tokenizers))
+            networks = build(settings, tuple(tokenizers))
         if weights == "random":
             family = "random"
             for network in networks.values():
-                network.to(*held).requires_grad_(False).eval()
+                network.to(held_on, held_as).requires_grad_(False).eval()
         else:
-            family = reading.load(networks, weights, *held, entries).family
-    model = f"{config.name if config.name in BUILT_IN else Path(config.name).stem}/{Path(weights).name}"
+            family = reading.load(networks, weights, held_on, held_as, entries).family
+    model = f"{settings.name if settings.name in BUILT_IN else Path(settings.name).stem}/{Path(weights).name}"
     kind = Editor
     if compile:
         from .faster.fast import FastEditor as kind
     elif low_memory:
         from .faster.low_memory import LeanEditor as kind
-    return kind(config, **networks, device=device, dtype=dtype, model=model, family=family)
+    return kind(settings, **networks, device=device, dtype=dtype, model=model, family=family)
 
 
 def weights_folders() -> list[Path]:

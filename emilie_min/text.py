@@ -17,7 +17,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         sizes = {key: value for key, value in vars(config).items() if key not in ("words", "version")}
-        self.transformer = CLIPTextModel(CLIPTextConfig(**sizes, attn_implementation="sdpa"))
+        self.transformer = CLIPTextModel(CLIPTextConfig(**sizes, attn_implementation="sdpa"))  # type: ignore[call-arg]
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: (B, 77) integers -> (B, 77, D)."""

@@ -35,11 +35,11 @@ def info(path: str | Path, sha256: bool = False, config: str | Path | None = Non
         "other": "",
     }
     notes = reading.metadata(path)
-    kind = "torch.save" if notes is None else "safetensors"
+    kind, notes = ("torch.save", {}) if notes is None else ("safetensors", notes)
     size = tqdm.format_sizeof(path.stat().st_size, "B")
     lines = [str(path), f"  format       {kind}, {size}, {len(entries)} tensors"]
     for key in ("source", "family"):  # what `convert` notes
-        if key in (notes or {}):
+        if key in notes:
             lines.append(f"  {key:<12} {printable(notes[key], 80)}")
     rest = dict(entries)
     for name, prefix in prefixes.items():

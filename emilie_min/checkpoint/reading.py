@@ -12,6 +12,7 @@ import struct
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -142,7 +143,7 @@ def _index_ckpt(path: Path) -> dict[str, Entry]:
     try:
         records = _records(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        placeholders = [(_Placeholder(name, (), {}), name) for name in names]
+        placeholders: list[Any] = [(_Placeholder(name, (), {}), name) for name in names]
         with FakeTensorMode(), torch.serialization.safe_globals(placeholders), open(path, "rb") as f:
             state = torch.load(f, weights_only=True)  # not by its path, whose name torch.load would believe
         state = state.get("state_dict", state) if isinstance(state, dict) else {}
@@ -206,10 +207,12 @@ class Reader:
     """Tensors of an indexed file, one at a time; what is mapped of the file is let go every few tensors."""
 
     def __init__(self, path: str | Path, entries: dict[str, Entry]):
-        self.path, self.entries, self.held = path, entries, 0
+        self.path, self.entries = path, entries
         self.open()
 
     def open(self) -> None:
+        self.held = 0
+        self.file: Any
         if _is_safetensors(self.path):
             self.file = safe_open(self.path, "pt")
         else:
@@ -229,7 +232,6 @@ class Reader:
         out = tensor.to(device, dtype or e.dtype, copy=True).contiguous()
         self.held += e.nbytes
         if self.held > HELD:
-            self.held = 0
             self.open()
         return out
 
@@ -332,7 +334,7 @@ def load(
 def detect_config(entries: dict[str, Entry]) -> str | None:
     """The built-in config whose UNet has this file's width and input channels, or None."""
     first = entries.get(RAW + "input_blocks.0.0.weight") or entries.get(EMA + "diffusion_modelinput_blocks00weight")
-    widths = {(320, 8): "ip2p", (320, 4): "sd15", (64, 8): "toy", (64, 4): "toy-t2i"}
+    widths: dict[tuple[int, ...], str] = {(320, 8): "ip2p", (320, 4): "sd15", (64, 8): "toy", (64, 4): "toy-t2i"}
     return widths.get(first.shape[:2]) if first else None
 
 
