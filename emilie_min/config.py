@@ -127,10 +127,11 @@ def load_config(name: str | Path) -> Config:
     except (OSError, ValueError) as error:
         wrong = printable(f"config {name}: {error}")
         raise ConfigError(f"{wrong}. Give one of {', '.join(BUILT_IN)} or a YAML file") from error
-    config, key = OmegaConf.structured(Config), ""
+    config: Any = OmegaConf.structured(Config)
+    key = ""
     try:
         _require(not any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)), f"aliases (*name) {PLAIN}")
-        given = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        given: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
         _require("${" not in str(given), f"interpolations (${{name}}) {PLAIN}")
         _require(isinstance(given, dict), "not a mapping of settings")
         for section, key, value in list(_settings(given)):
