@@ -161,7 +161,7 @@ def read_mask(
     else:
         source = Source(mask, "mask", MaskError)
         stored = read_stored(mask, source)
-        image = masks.meaning(stored, source, soft)
+        image = masks.meaning(stored, source, soft, isinstance(mask, np.ndarray))
         image = turn_alike(image, original, working, turned, stored.info.get("orientation"), source)
         if image.size not in (original, working):
             raise MaskError(

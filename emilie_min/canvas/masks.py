@@ -12,8 +12,11 @@ MIDDLE = 25, 230  # greys in between are neither black nor white, whatever JPEG 
 COLOURED = 40  # how far apart the channels of a colour are
 
 
-def meaning(image: Image.Image, source: Source, soft: bool = False) -> Image.Image:
-    """A stored picture, see `pictures.read_stored`, as PIL "L", 255 where to edit. Raises the source's error."""
+def meaning(image: Image.Image, source: Source, soft: bool = False, array: bool = False) -> Image.Image:
+    """A stored picture, see `pictures.read_stored`, as PIL "L", 255 where to edit. Raises the source's error.
+
+    array: it was one, of which 0 and 1 may be all values.
+    """
     if image.mode in ("LAB", "CMYK"):
         source.fail(f"is a picture in {image.mode}, not a mask: {HOW}")
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
@@ -25,6 +28,8 @@ def meaning(image: Image.Image, source: Source, soft: bool = False) -> Image.Ima
     else:
         mask = of_transparent(bare, alpha, source)
     if mask.getextrema()[1] == 1:
+        if not array:
+            raise source.error(f"the mask's values are 0 and 1 of 255, black to the eye: use 0 and 255; {HOW}")
         source.tell("has the values 0 and 1 of 255, black to the eye: 1 is taken for white")
         mask = mask.point(lambda v: 255 * v)
     greys, levels = share(mask, *MIDDLE), np.count_nonzero(mask.histogram())

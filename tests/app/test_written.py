@@ -39,11 +39,11 @@ def test_no_old_profile_rides_along(photo, capsys):
 
 
 def test_a_note_is_told_once(photo, capsys):
-    mask = Image.new("L", (64, 64))
-    mask.paste(1, (0, 0, 32, 32))
+    mask = Image.new("RGB", (64, 64))
+    mask.paste((255, 0, 0), (0, 0, 32, 32))
     mask.save("mask.png")
     _, _, lines = run("edit", photo, NIGHT, "--mask", "1=mask.png", *MODEL, capsys=capsys)
-    assert len(lines) == 1 and "note" in lines[0] and "0 and 1" in lines[0]
+    assert len(lines) == 1 and "note" in lines[0] and "one colour" in lines[0]
 
 
 def test_runs_at_the_same_time_take_different_names(tmp_path):

@@ -103,7 +103,6 @@ def test_masks_need_no_word(mask):
         (layer((255, 0, 0), (0, 0, 0)), "one colour, (255, 0, 0), on a transparent layer"),
         (painted((255, 0, 0), BOX.point(lambda v: v // 2)), "transparent layer"),
         (np.asarray(BOX) // 255, "0 and 1 of 255"),
-        (BOX.point(lambda v: v // 255), "0 and 1 of 255"),
         (BOX.filter(ImageFilter.GaussianBlur(3)), "greys"),
     ],
 )
@@ -135,6 +134,7 @@ def test_what_it_evidently_means_is_read_and_told(mask, words, soft):
         (layer((0, 0, 0), (0, 0, 0)), "may mean edit or keep"),
         (rubbed_out(BOX, HOLE), "may mean edit or keep"),
         (Image.new("RGBA", (N, N)), "transparent everywhere"),
+        (BOX.point(lambda v: v // 255), "0 and 1 of 255"),
         (Image.linear_gradient("L").resize((N, N)).point(lambda v: 40 + v // 2), "--soft"),
         (Image.fromarray(np.asarray(SCENE)).convert("CMYK"), "CMYK"),
     ],
