@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -17,7 +18,7 @@ from emilie_min.emilie import Editor
 from emilie_min.errors import EmilieError
 from emilie_min.faster import compile as compile_module
 from emilie_min.faster import graph as graphs_module
-from emilie_min.faster.compile import BLOCKS, CompiledEditor, compile_blocks
+from emilie_min.faster.compile import BLOCKS, LIMIT, CompiledEditor, compile_blocks
 from emilie_min.faster.fast import FastEditor
 from emilie_min.faster.graph import GraphEditor, Graphs
 from emilie_min.faster.low_memory import LowMemoryEditor
@@ -130,6 +131,15 @@ def test_compiled_edits_are_recorded_and_equal_plain_ones(make, shipped, edited)
             assert error(edited(editor, **settings), edited(shipped, **settings)) <= 1e-5
     assert len(editor.graphs.kept) == 3  # the first, and the second's calls with deep layers and without
     assert editor.compiled
+
+
+def test_another_thread_may_compile_as_often(make, edited):
+    """PyTorch's settings are each thread's own, and the studio edits in another than the one that loaded."""
+    editor, _ = make(lambda graph, inputs: graph.forward)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(edited, editor, steps=1).result()
+        assert pool.submit(lambda: torch._dynamo.config.recompile_limit).result() == LIMIT
+        assert pool.submit(lambda: torch._dynamo.config.accumulated_recompile_limit).result() == LIMIT
 
 
 def test_where_it_cannot_be_compiled(make, edited):
