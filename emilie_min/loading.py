@@ -22,12 +22,14 @@ def load(
     compile: bool | None = False,
     low_memory: bool = False,
     plain: bool = False,
+    ema: str = "auto",
 ) -> Editor:
     """Networks from a file, ready to edit.
 
-    weights: None = the small model that ships, a .ckpt or .safetensors path, or "random"; config: one of
-    `config.BUILT_IN`, a YAML path, or None = told by the file's tensors; device, dtype: None = CUDA in float16 if there
-    is one, else CPU in float32; tokenizer: a folder with CLIP's vocab.json and merges.txt.
+    weights: None = the small model that ships, a .ckpt or .safetensors path, a folder that diffusers wrote, or
+    "random"; config: one of `config.BUILT_IN`, a YAML path, or None = told by the file's tensors; device, dtype: None =
+    CUDA in float16 if there is one, else CPU in float32; tokenizer: a folder with CLIP's vocab.json and merges.txt;
+    ema: which of two UNets, see `checkpoint.reading.key_map`.
 
     Three ways give the same results to rounding. On CUDA the default replays the network's calls as CUDA graphs, see
     `faster.graph`; compile: on CUDA torch.compile first, which takes its time once, see `faster.compile`, on a CPU a
@@ -60,11 +62,13 @@ def load(
         config = config or "toy"
     else:
         entries = reading.index(weights)
+        reading.refuse(weights, entries)
         config = config or reading.detect_config(entries)
         if config is None:
             raise CheckpointError(f"{weights} is {reading.explain_unknown(entries)}")
     config = load_config(config)
-    tokenizers = ([Path(tokenizer)] if tokenizer else []) + [f / sub for f in folders for sub in ("tokenizer", ".")]
+    beside = [Path(weights) / "tokenizer"] if Path(weights).is_dir() else []
+    tokenizers = ([Path(tokenizer)] if tokenizer else beside) + [f / sub for f in folders for sub in ("tokenizer", ".")]
     drawn_on = device if weights == "random" else torch.device("meta")
     with explain_oom("while the weights were loaded"):
         with drawn_on, torch.random.fork_rng(devices=[drawn_on] if drawn_on.type == "cuda" else []):
@@ -77,7 +81,7 @@ def load(
             for network in networks.values():
                 network.to(*held).requires_grad_(False).eval()
         else:
-            family = reading.load(networks, weights, *held, entries).family
+            family = reading.load(networks, weights, *held, entries, ema).family
     model = f"{config.name if config.name in BUILT_IN else Path(config.name).stem}/{Path(weights).name}"
     kind = Editor if plain else editor_class(device, compile, low_memory)
     return kind(config, **networks, device=device, dtype=dtype, model=model, family=family)

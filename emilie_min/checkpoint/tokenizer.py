@@ -46,7 +46,7 @@ class Tokenizer:
         return rows
 
     def _words(self, text: str) -> list[int]:
-        words = text.lower().replace(",", " ").replace(".", " ").split()
+        words = text.lower().translate(dict.fromkeys(map(ord, ",.!?;:"), " ")).split()
         unknown = [word for word in words if word not in self.config.words]
         if unknown:
             raise InstructionError(

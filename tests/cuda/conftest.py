@@ -30,6 +30,12 @@ def device() -> str:
 
 
 @pytest.fixture(scope="session")
+def half() -> str:
+    """The dtype of 16 bits that the device is quick at."""
+    return "bfloat16" if DEVICE == "cpu" else "float16"
+
+
+@pytest.fixture(scope="session")
 def load():
     """The small model on a path and in a dtype, loaded once; `again`: another one of the same."""
 
@@ -44,9 +50,9 @@ def load():
 
 @pytest.fixture(scope="session")
 def chain():
-    """Three edits of a picture: free, in a mask, in two regions; the latents after each."""
+    """A canvas after three edits: free, in a mask, in two regions."""
 
-    def latents(editor, size=(64, 64), **settings):
+    def edited(editor, size=(64, 64), **settings):
         width, height = size
         left, right = (0, 0, width // 2, height), (width // 2, 0, width, height)
         picture = world.render(world.scene(3)).resize(size)
@@ -56,7 +62,7 @@ def chain():
             canvas.edit(each, **settings)
         return canvas
 
-    return latents
+    return edited
 
 
 @pytest.fixture(scope="session")
