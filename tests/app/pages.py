@@ -80,7 +80,7 @@ class Caller:
 
     def enter(self) -> "Caller":
         """Load the page: a new scene, and the key of this visitor."""
-        self.key = re.search(r"data-key=\W*([\w-]+)", self.do(0, [None]))[1]
+        self.key = re.search(r"data-key=[^\w-]+([\w-]+)", self.do(0, [None]))[1]
         return self
 
     @property
