@@ -41,7 +41,8 @@ class Caller:
         connection.request(method, path, body, self.headers | {k.replace("_", "-"): v for k, v in headers.items()})
         answer = connection.getresponse()
         try:
-            return answer.status, answer.read(), dict(answer.headers)
+            endless = "event-stream" in answer.headers.get("content-type", "")
+            return answer.status, b"" if endless else answer.read(), dict(answer.headers)
         finally:
             connection.close()
 
