@@ -1,5 +1,7 @@
 """What can go wrong, as types. Every message is one line that says what to do; the command prints it and exits 2."""
 
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -52,6 +54,14 @@ def printable(text: object, limit: int = 500) -> str:
     text = str(text)
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def note(text: str) -> None:
+    """Tell what was assumed, as a warning of whoever called the package; the command prints it, once."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
 
 
 def first_line(error: Exception, last: bool = False) -> str:

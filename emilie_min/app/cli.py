@@ -10,7 +10,7 @@ from ..bench.cli import add_commands, whole
 from ..errors import EmilieError
 from ..speed.cli import add_options, run_speed
 from . import demo, edit
-from .options import add_model_options, add_path_options, load_editor, writable
+from .options import EMA_CHOICES, EMA_HELP, add_model_options, add_path_options, load_editor, writable
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,6 +22,9 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; the exit code: 0, 2 for bad input, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # what a console cannot show is escaped, and nothing more depends on it
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     top = parser()
     args, rest = top.parse_known_args(argv)
     if args.command == "edit" and not any(word.startswith("-") for word in rest):
@@ -31,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = lambda message, *_: print(f"emilie: note: {message}", file=sys.stderr)
+            told: set[str] = set()
+            warnings.showwarning = lambda message, *_: tell_once(str(message), told)
             args.run(args)
         return 0
     except EmilieError as error:
@@ -44,6 +48,12 @@ def main(argv: list[str] | None = None) -> int:
         print("\nemilie: interrupted; what was written before is complete", file=sys.stderr)
         return 130
     return 2
+
+
+def tell_once(text: str, told: set[str]) -> None:
+    if text not in told:
+        told.add(text)
+        print(f"emilie: note: {text}", file=sys.stderr)
 
 
 def parser() -> Parser:
@@ -77,6 +87,7 @@ def parser() -> Parser:
     convert.add_argument("output", type=Path, metavar="OUT.safetensors")
     convert.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     convert.add_argument("--config", help="config of a model that is not built in (YAML)")
+    convert.add_argument("--ema", choices=EMA_CHOICES, default="auto", help=EMA_HELP)
     convert.add_argument("--overwrite", action="store_true")
 
     download = command("download", run_download, "Fetch the released weights (7.7 GB) and CLIP's tokenizer, once.")
@@ -116,7 +127,8 @@ def run_convert(args: argparse.Namespace) -> None:
 
     from ..checkpoint.convert import convert
 
-    print(convert(args.input, args.output, getattr(torch, args.dtype), config=args.config, overwrite=args.overwrite))
+    dtype = getattr(torch, args.dtype)
+    print(convert(args.input, args.output, dtype, config=args.config, overwrite=args.overwrite, ema=args.ema))
 
 
 def run_download(args: argparse.Namespace) -> None:

@@ -3,12 +3,17 @@
 import argparse
 import glob
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 from ..canvas.settings import CHOICES, Settings
-from ..errors import CanvasError, InstructionError, MaskError
+from ..errors import CanvasError, InstructionError, MaskError, printable
 from .options import add_model_options, add_path_options, edit_with_bar, load_editor, writable
+
+LONGEST_NAME, LONGEST_STEM = 225, 180  # bytes: of 255, what the endings and a half-written file's name leave
 
 HELP = {  # of the fields of Settings that are options
     "soft": "keep the masks' greys instead of thresholding them",
@@ -20,11 +25,12 @@ HELP = {  # of the fields of Settings that are options
     "sampler": "dpmpp_2m*: for few steps",
     "guidance_interval": "guide only between these noise levels (sigmas)",
     "reuse": "run the deep layers at every N-th step only",
+    "reuse_guidance": "after this part of the steps, 0 to 1, find guidance anew at some only",
     "text_scale": "how strongly to follow the instruction",
     "image_scale": "how closely to stay with the picture",
     "seed": "of all noise (default: 0, or what the --canvas began with)",
 }
-METAVARS = {"guidance_interval": "LOW,HIGH", "reuse": "N"}
+METAVARS = {"guidance_interval": "LOW,HIGH", "reuse": "N", "reuse_guidance": "PART"}
 READ = {  # what an option's text becomes, by the field's type
     int: int,
     int | None: int,
@@ -107,21 +113,22 @@ def run(args: argparse.Namespace) -> None:
     if args.canvas is not None:
         writable(args.canvas.parent, "--canvas")
 
-    stem = Path(args.input).stem if args.input is not None else args.canvas.name.split(".")[0]
-    numbers = range(len(canvas.states), len(canvas.states) + len(args.instructions))
-    name = unused_name(folder, stem, numbers if going_on else None)
-    session = args.canvas or folder / f"{name}.canvas.safetensors"
-    cells = [(canvas.image, "input" if canvas.at == 0 else canvas.state.instruction, None)]
-    for i, regions in enumerate(edits, 1):
-        masked = all(mask is not None for _, mask in regions)
-        image = edit_with_bar(canvas, i, regions, **changes | {"keep_background": args.keep_background and masked})
-        cells.append((image, canvas.state.instruction, canvas.state.mask))
-        out = images.restore_size(image, original, canvas.native, canvas.edited_mask()) if args.input_size else image
-        path = images.save(out, folder / f"{name}_{canvas.at}.png")
-        canvas.save(session)
-        print(f"wrote {path} and {session}")
-    name = f"{name}_{canvas.at}" if going_on else name
-    print(f"wrote {images.save(strip(cells), folder / f'{name}_strip.png')}")
+    stem = Path(args.input).stem if args.input is not None else args.canvas.name.removesuffix(".safetensors")
+    stem = stem.removesuffix(".canvas") if args.input is None else stem
+    first = len(canvas.states)
+    with claimed(folder, stem, range(first, first + len(edits)), going_on, args.canvas) as (name, session):
+        cells = [(canvas.image, "input" if canvas.at == 0 else canvas.state.instruction, None)]
+        for i, regions in enumerate(edits, 1):
+            masked = all(mask is not None for _, mask in regions)
+            image = edit_with_bar(canvas, i, regions, **changes | {"keep_background": args.keep_background and masked})
+            cells.append((image, canvas.state.instruction, canvas.state.mask))
+            mask = canvas.edited_mask() if args.input_size else None
+            out = images.restore_size(image, original, canvas.native, mask) if args.input_size else image
+            path = images.save(out, folder / f"{name}_{canvas.at}.png")
+            canvas.save(session)
+            print(f"wrote {path} and {session}")
+        strip_name = f"{name}_{canvas.at}_strip.png" if going_on else f"{name}_strip.png"
+        print(f"wrote {images.save(strip(cells), folder / strip_name)}")
 
 
 def read_edits(args: argparse.Namespace) -> list[list[tuple]]:
@@ -136,7 +143,7 @@ def read_edits(args: argparse.Namespace) -> list[list[tuple]]:
             if int(number) not in also:
                 raise MaskError(f"{option} {value}: there is no edit {number}, only 1 to {len(also)}")
             if option == "--also":
-                where, _, text = what.partition(":")
+                where, text = place_and_text(what)
                 if not where or not text.strip():
                     raise InstructionError(f"{option} {value}: say where and what, as in {option} {examples[option]}")
                 is_box = set(where) <= set("0123456789,- ")
@@ -148,6 +155,19 @@ def read_edits(args: argparse.Namespace) -> list[list[tuple]]:
     if args.keep_background and not masks:
         raise MaskError("--keep-background needs a --mask or --box: without one there is no background")
     return [[(text, masks.get(n)), *also[n]] for n, text in enumerate(args.instructions, 1)]
+
+
+def place_and_text(what: str) -> tuple[str, str]:
+    """Of WHERE:INSTRUCTION, the file up to the last colon that leaves one that exists, else up to the first colon.
+
+    The colon behind a drive's letter is not taken for that one.
+    """
+    colons = [match.start() for match in re.finditer(":", what) if what[match.start() + 1 :].strip()]
+    found = [at for at in colons if os.path.isfile(what[:at])]
+    drive = re.match(r"[A-Za-z]:[\\/]", what) is not None
+    rest = [at for at in colons if not (drive and at == 1)]
+    at = found[-1] if found else rest[0] if rest else -1
+    return (what[:at], what[at + 1 :]) if at >= 0 else (what, "")
 
 
 def read_box(text: str, option: str) -> tuple[int, ...]:
@@ -166,20 +186,52 @@ def looks_like_a_file(text: str) -> bool:
     return os.sep in text or Path(text).suffix.lower() in Image.registered_extensions()
 
 
-def unused_name(folder: Path, stem: str, numbers: range | None = None) -> str:
-    """`stem`, or `stem-2`, ...: the first under which nothing was written, so that no run overwrites another.
+@contextmanager
+def claimed(folder: Path, stem: str, numbers: range, going_on: bool, canvas: Path | None) -> Iterator[tuple[str, Path]]:
+    """A name for the files of this run and where its session goes, taken before anything is computed.
 
-    numbers: of the pictures that a continued session will write, which may stand beside its earlier ones.
+    `stem`, or `stem-2`, ...: the first of which no file is there, so that no run overwrites another, also none at the
+    same time: each file is made, empty, by the run that gets it, and goes at the end if it is still empty. numbers: of
+    the pictures; those of a session that goes on may stand beside its earlier ones. Raises CanvasError.
     """
+    while len(os.fsencode(stem)) > LONGEST_STEM:
+        stem = stem[:-1]
+    count = 1
+    while True:
+        name = stem if count == 1 else f"{stem}-{count}"
+        session = canvas or folder / f"{name}.canvas.safetensors"
+        strip = folder / (f"{name}_{numbers[-1]}_strip.png" if going_on else f"{name}_strip.png")
+        paths = [folder / f"{name}_{number}.png" for number in numbers] + [strip]
+        taken = not going_on and any(folder.glob(f"{glob.escape(name)}_[0-9]*.png"))
+        made = [] if taken else make_new(paths if going_on or canvas else [*paths, session])
+        if made:
+            break
+        count += 1
+    try:
+        if canvas and not going_on:
+            if not make_new([canvas]):
+                raise CanvasError(f"{canvas} was made by another run meanwhile: name another file with --canvas")
+            made.append(canvas)
+        yield name, session
+    finally:
+        for path in made:
+            if path.exists() and not path.stat().st_size:
+                path.unlink()
 
-    def used(name: str) -> bool:
-        if numbers is not None:
-            return any((folder / f"{name}_{n}.png").exists() for n in numbers)
-        pictures = any(folder.glob(f"{glob.escape(name)}_[0-9]*.png"))
-        return pictures or (folder / f"{name}.canvas.safetensors").exists()
 
-    number, name = 1, stem
-    while used(name):
-        number += 1
-        name = f"{stem}-{number}"
-    return name
+def make_new(paths: list[Path]) -> list[Path]:
+    """Empty files at all of these paths; at none, and [], where one is there already. Raises CanvasError."""
+    made: list[Path] = []
+    for path in paths:
+        if len(os.fsencode(path.name)) > LONGEST_NAME:
+            raise CanvasError(f"the name {printable(path.name, 60)} is too long for a file: choose a shorter one")
+        try:
+            path.open("xb").close()
+        except OSError as error:
+            for each in made:
+                each.unlink()
+            if isinstance(error, FileExistsError):
+                return []
+            raise CanvasError(f"cannot write {printable(path)}: {error.strerror}") from error
+        made.append(path)
+    return made

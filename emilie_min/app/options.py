@@ -6,9 +6,12 @@ from pathlib import Path
 
 from ..errors import EmilieError
 
+EMA_CHOICES = ("auto", "yes", "no")  # without PyTorch, see `checkpoint.reading.key_map`
+EMA_HELP = "of a file with two UNets, the averaged one or the other (default: auto, the averaged one if there is one)"
+
 
 def add_model_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--weights", help="a .ckpt or .safetensors file (default: the small model that ships)")
+    sub.add_argument("--weights", help="a .ckpt or .safetensors file or diffusers' folder (default: the small model)")
     sub.add_argument("--config", help="ip2p, sd15, toy or a YAML file (default: told by the weights)")
     sub.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder with CLIP's vocab.json and merges.txt")
     sub.add_argument("--device", help="cuda, cpu, ... (default: the best here)")
@@ -19,6 +22,7 @@ def add_model_options(sub: argparse.ArgumentParser) -> None:
 
 def add_path_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--compile", action="store_true", help="on a GPU: faster still, compiles for about a minute, once")
+    sub.add_argument("--ema", choices=EMA_CHOICES, default="auto", help=EMA_HELP)
     sub.add_argument("--low-memory", action="store_true", help="slower, the same result; for a GPU of 4 GB, or without")
     sub.add_argument("--plain", action="store_true", help="the network as it reads: no CUDA graphs, no faster CPU path")
 
@@ -36,6 +40,7 @@ def load_editor(args: argparse.Namespace):
         args.compile or None,
         args.low_memory,
         args.plain,
+        args.ema,
     )
     print(f"{editor.model}: {editor.family} weights, {editor.dtype}, {editor.device}".replace("torch.", ""))
     return editor

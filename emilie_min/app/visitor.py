@@ -56,7 +56,8 @@ class Visitor:
                 canvas = open_canvas(path, self.editor)
         except EmilieError as error:
             raise type(error)(str(error).replace(path, name)) from error
-        self.canvas, self.name, self.paint = canvas, name.split(".")[0], None
+        stem = name.removesuffix(".safetensors").removesuffix(".canvas") if name.endswith(".safetensors") else None
+        self.canvas, self.name, self.paint = canvas, stem or Path(name).stem, None
         return ". ".join([f"{name} is open", *(str(note.message).replace(path, name) for note in notes)])
 
     def new_scene(self, seed: int) -> str:

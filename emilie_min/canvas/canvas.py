@@ -14,6 +14,7 @@ from ..emilie import Editor, rescale_factor
 from ..errors import CanvasError, CheckpointError, MaskError, SamplingError, explain_oom
 from ..faster.deepcache import reuse_deep_features
 from ..faster.dpmpp import sample_dpmpp_2m
+from ..faster.guidance_reuse import reuse_guidance
 from ..faster.interval import guidance_interval
 from ..sampling import Denoise, Scale, Step, get_sigmas, noise_stream, sample_euler_ancestral
 from . import images, regions, session, settings
@@ -51,7 +52,7 @@ def open(
         z_img = images.to_latent(editor, picture).cpu()
     z_init = noise_stream(tuple(z_img.shape), seed, "init")()
     root = State("", editor.scale_factor * z_img, picture)
-    return Canvas(editor, seed, original.size, native, z_init, z_img, [root])
+    return Canvas(editor, seed, original.size, native, z_init, z_img, [root], turned=original.info.get("orientation"))
 
 
 def check_can_edit(editor: Editor) -> None:
@@ -76,6 +77,7 @@ class Canvas:
     states: list[State]
     at: int = 0  # the state that the next edit starts from
     redo_stack: list[int] = field(default_factory=list)
+    turned: int | None = None  # the EXIF orientation that the opened picture was turned by
 
     @property
     def state(self) -> State:
@@ -171,6 +173,8 @@ class Canvas:
         """The method's `Editor.denoise` for one edit, with what the settings attach to it from outside."""
         editor = self.editor if settings.reuse == 1 else reuse_deep_features(self.editor, settings.reuse)
         *conds, null = editor.context([*texts, ""]).split(1)
+        if settings.reuse_guidance is not None:
+            editor = reuse_guidance(editor, null, round(settings.reuse_guidance * settings.steps))
         z_img, shares = z_img.to(editor.device), shares.to(editor.device)
 
         def guided(text_scale: Scale, image_scale: float) -> Denoise:
@@ -213,8 +217,11 @@ class Canvas:
 
     def read_mask(self, mask: Mask, soft: bool = False) -> tuple[Image.Image, Tensor]:
         """A mask as PIL "L" at working size and at the latent's, (1, 1, h, w). Raises MaskError."""
-        pixels = images.read_mask(mask, self.original_size, self.state.image.size, self.native, soft)
-        return pixels, images.latent_mask(pixels, self.editor.vae.factor, soft)
+        factor = self.editor.vae.factor
+        pixels = images.read_mask(
+            mask, self.original_size, self.state.image.size, self.native, soft, factor, self.turned
+        )
+        return pixels, images.latent_mask(pixels, factor, soft)
 
     def read_regions(
         self, masks: Sequence[Mask | None], soft: bool = False

@@ -1,4 +1,4 @@
-"""Pictures and masks on their way in and out: from anything that PIL reads to tensors, and back."""
+"""Pictures and masks on their way in and out: from what `pictures` opens to tensors, and back."""
 
 import math
 from pathlib import Path
@@ -11,81 +11,38 @@ from torch import Tensor
 
 from ..checkpoint.writing import atomic_write
 from ..emilie import Editor
-from ..errors import ImageError, MaskError, SamplingError
+from ..errors import ImageError, MaskError, SamplingError, note
+from . import masks
+from .pictures import SIDEWAYS, SMALLEST, TURNS, Picture, Source, open_picture, read_stored, srgb_profile, tell
 
-SMALLEST, LARGEST = 16, 4096**2  # px: the shortest side of an input; the area of a working picture
+LARGEST = 4096**2  # px: the area of a working picture
 
-FORMATS = {"PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"}  # and no more: for an EPS file Pillow starts a program
-
-Picture = Image.Image | np.ndarray | str | Path
 Box = tuple[int, int, int, int]
 Mask = Picture | Box
 
 
 def read_image(picture: Picture) -> Image.Image:
-    """A path, PIL image or array -> PIL RGB, upright by its EXIF tag, on white where it is transparent.
+    """What `pictures.open_picture` takes -> PIL RGB, upright, in sRGB, on white where it is transparent, which is told.
 
-    Arrays: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8, or float in [0, 1]. Raises ImageError.
+    Raises ImageError.
     """
-    image = _open(picture, ImageError)
+    image = open_picture(picture)
     if min(image.size) < SMALLEST:
         raise ImageError(f"a picture of {image.width}x{image.height} px is too small: {SMALLEST} px a side at least")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _open(picture: Picture, error: type[Exception]) -> Image.Image:
-    if isinstance(picture, (str, Path)):
-        try:
-            with Image.open(picture, formats=FORMATS & set(Image.registered_extensions().values())) as file:
-                file.load()
-                picture = file.copy() if not file.getexif().get(0x0112) else ImageOps.exif_transpose(file)
-        except Image.DecompressionBombError as cause:
-            raise error(f"{picture} is too large ({cause}): scale it down first") from cause
-        except FileNotFoundError as cause:
-            raise error(f"no picture at {picture}") from cause
-        except Exception as cause:  # PIL's plugins raise OSError, SyntaxError, struct.error, ... on broken files
-            raise error(f"{picture} cannot be read as a picture: {cause or type(cause).__name__}") from cause
-    elif isinstance(picture, np.ndarray):
-        picture = _from_array(picture, error)
-    elif isinstance(picture, Image.Image):
-        picture = ImageOps.exif_transpose(picture)
-    else:
-        raise error(f"a picture must be a path, a PIL image or an array, not {type(picture).__name__}")
-    if picture.mode.startswith("I") or picture.mode == "F":  # deeper than 8 bits, which convert("RGB") would clip
-        values = np.asarray(picture, dtype=np.float64)
-        tops = (65535.0,) if picture.mode != "F" else (1.0, 255.0, 65535.0)
-        top = next((top for top in tops if values.max() <= 1.05 * top), None)
-        if top is None or not values.min() >= -0.05 * top:  # not so for NaN either
-            raise error(
-                f"a picture with values from {values.min():.4g} to {values.max():.4g}: scale it to 8 bits first"
-            )
-        picture = Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8))
-    return picture
-
-
-def _from_array(array: np.ndarray, error: type[Exception]) -> Image.Image:
-    array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
-        raise error(f"an array must be (H, W), (H, W, 3) or (H, W, 4), not {array.shape}")
-    if array.dtype == bool:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype.kind == "f":
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise error("an array of floats must lie in [0, 1]")
-        array = (array * 255).round().astype(np.uint8)
-    elif array.dtype != np.uint8:
-        raise error(f"an array must be uint8, bool or float, not {array.dtype}")
-    return Image.fromarray(np.ascontiguousarray(array))
+    if image.mode == "RGBA":
+        name = Source(picture, "picture", ImageError).name
+        note(f"{name} is transparent in places: it is edited as seen on white, and what is written is opaque")
+        info, white = image.info, Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+        image.info = info
+    return image
 
 
 def save(image: Image.Image, path: Path) -> Path:
-    """A PNG, whole or not at all; -> the path. Raises ImageError."""
+    """A PNG that says that it is sRGB, whole or not at all; -> the path. Raises ImageError."""
     try:
         with atomic_write(path) as f:
-            image.save(f, format="PNG")
+            image.save(f, format="PNG", icc_profile=srgb_profile())
     except OSError as error:
         raise ImageError(f"cannot write {path}: {error.strerror or error}") from error
     return path
@@ -175,44 +132,97 @@ def from_latent(editor: Editor, z: Tensor, truncate: bool = False) -> Image.Imag
 
 
 def read_mask(
-    mask: Picture | Box, original: tuple[int, int], working: tuple[int, int], native: bool = False, soft: bool = False
+    mask: Picture | Box,
+    original: tuple[int, int],
+    working: tuple[int, int],
+    native: bool = False,
+    soft: bool = False,
+    factor: int | None = None,
+    turned: int | None = None,
 ) -> Image.Image:
     """A mask as PIL "L" at working size, white where to edit; black or white, with `soft` also grey.
 
-    A picture or array has the size (width, height) of the input or of the working picture; a box (x0, y0, x1, y1) is
-    in pixels of the input, its far edges excluded. Raises MaskError.
+    A picture or array has the size (width, height) of the input or of the working picture, see `masks.meaning`; a box
+    (x0, y0, x1, y1) is in pixels of the input, its far edges excluded. factor: the autoencoder's scale, to tell of
+    parts that vanish at it. turned: the EXIF orientation that the input was turned by, if it was. Raises MaskError.
     """
     if isinstance(mask, (tuple, list)):
         if len(mask) != 4 or not all(isinstance(v, (int, np.integer)) for v in mask):
             raise MaskError(f"a box is four whole numbers x0, y0, x1, y1, not {mask}")
         x0, y0, x1, y1 = mask
         if not (0 <= x0 < x1 <= original[0] and 0 <= y0 < y1 <= original[1]):
-            raise MaskError(f"box {x0},{y0},{x1},{y1} does not lie in the picture of {original[0]}x{original[1]} px")
+            tag = f", as it is shown, turned by its EXIF orientation {turned}" * (turned is not None)
+            raise MaskError(
+                f"box {x0},{y0},{x1},{y1} does not lie in the picture of {original[0]}x{original[1]} px{tag}"
+            )
         image = Image.new("L", original)
         image.paste(255, (x0, y0, x1, y1))
+        source = Source(mask, "mask", MaskError)
     else:
-        image = _open(mask, MaskError)
-        if image.has_transparency_data:  # transparent means: not here
-            image = Image.composite(
-                image.convert("L"), Image.new("L", image.size), image.convert("RGBA").getchannel("A")
-            )
-        image = image.convert("L")
-        if 0 < image.getextrema()[1] <= 1 and not isinstance(mask, np.ndarray):
-            raise MaskError("the mask's values are 0 and 1 of 255, black to the eye: use 0 and 255")
+        source = Source(mask, "mask", MaskError)
+        stored = read_stored(mask, source)
+        image = masks.meaning(stored, source, soft, isinstance(mask, np.ndarray))
+        image = turn_alike(image, original, working, turned, stored.info.get("orientation"), source)
         if image.size not in (original, working):
             raise MaskError(
                 f"the mask has {image.width}x{image.height} px and the picture {original[0]}x{original[1]}: "
                 "make them the same size"
             )
+    tell(source)
     if not image.getbbox():
         raise MaskError("the mask is empty: white marks where to edit")
+    given = image
     if image.size == original != working:
         image = crop(image, working) if native else fit(image, working, Image.Resampling.BOX)
     if not soft:
         image = image.point(lambda v: 255 if v >= 128 else 0)
     if not image.getbbox():
         raise MaskError("nothing is left of the mask: it is fainter than middle grey, or lies where edges are cropped")
+    if factor is not None:
+        tell_lost_parts(given, image, native, soft, factor)
     return image
+
+
+def turn_alike(
+    mask: Image.Image,
+    original: tuple[int, int],
+    working: tuple[int, int],
+    turned: int | None,
+    own: int | None,
+    source: Source,
+) -> Image.Image:
+    """A mask of a picture that its EXIF tag turned: drawn on the picture as it is stored, or as it is shown?"""
+    if turned is None or own == turned:
+        return mask
+    tag = f"the picture is turned by its EXIF orientation tag ({turned})"
+    if mask.size not in (original, working) and mask.size[::-1] == original:
+        source.tell(f"has the size of the picture as it is stored, and {tag}: the mask is turned with it")
+        return mask.transpose(TURNS[turned])
+    if mask.size == original and (TURNS[turned] not in SIDEWAYS or original[0] == original[1]):
+        source.tell(f"is taken to be drawn on the picture as it is shown: {tag}")
+    return mask
+
+
+def tell_lost_parts(given: Image.Image, working: Image.Image, native: bool, soft: bool, factor: int) -> None:
+    """Tell which connected parts of a mask, as it was given, no cell of the latent has."""
+    cells = latent_mask(working, factor, soft)[0, 0].numpy() > 0
+    kept = Image.fromarray((cells * 255).astype(np.uint8)).resize(working.size, Image.Resampling.NEAREST)
+    if given.size != working.size:
+        kept = restore_size(kept, Image.new("L", given.size), native)
+    step = math.ceil(math.sqrt(given.width * given.height / 2**22))
+    seen = given.point(lambda v: 255 if v > 1 and (soft or v >= masks.MIDDLE[0]) else 0)
+    if step > 1:
+        seen, kept = (image.reduce(step) for image in (seen, kept))
+    lost = masks.lost_parts(np.asarray(seen) > 0, np.asarray(kept) >= 128)
+    if not lost:
+        return
+    several = len(lost) > 1
+    named = [f"{(x1 - x0) * step}x{(y1 - y0) * step} px at {x0 * step},{y0 * step}" for x0, y0, x1, y1 in lost[:3]]
+    note(
+        f"{len(lost)} part{'s' if several else ''} of the mask ({', '.join(named)}{', ...' if len(lost) > 3 else ''}) "
+        f"{'are' if several else 'is'} left out: too small for the latent's cells, {factor}x{factor} px of the working "
+        "picture, too faint, or cropped off; make larger, raise the resolution, or give --soft (soft=True)"
+    )
 
 
 def latent_mask(mask: Image.Image, factor: int, soft: bool = False) -> Tensor:

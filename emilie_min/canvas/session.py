@@ -42,6 +42,7 @@ def write(canvas, path: str | Path) -> None:
         "seed": canvas.seed,
         "original_size": canvas.original_size,
         "native": canvas.native,
+        **({} if canvas.turned is None else {"turned": canvas.turned}),
         "at": canvas.at,
         "undone": canvas.redo_stack,
         "states": [
@@ -87,6 +88,7 @@ def read(path: str | Path, editor: Editor) -> dict:
             "seed": about["seed"],
             "original_size": tuple(about["original_size"]),
             "native": about["native"],
+            "turned": about.get("turned"),
             "z_init": tensors["z_init"],
             "z_img": tensors["z_img"],
             "states": states,

@@ -1,8 +1,20 @@
 """A strip of pictures with captions and outlined masks, as in the paper's Fig. 1."""
 
+import unicodedata
+
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
+from ..errors import note, printable
+
 INK, PAPER, OUTLINE = (40, 40, 40), (255, 255, 255), (255, 0, 120)
+
+
+FONTS = (  # of common systems, for what Pillow's own font cannot show
+    ["DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "segoeui.ttf"]
+    + ["NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "wqy-microhei.ttc", "wqy-zenhei.ttc", "msyh.ttc"]
+    + ["DroidSansFallbackFull.ttf", "YuGothM.ttc", "meiryo.ttc", "malgun.ttf", "PingFang.ttc", "Arial Unicode.ttf"]
+    + ["unifont.otf", "NotoSansArabic-Regular.ttf", "NotoSansHebrew-Regular.ttf", "NotoSansThai-Regular.ttf"]
+)
 
 
 def enlarge(image: Image.Image, height: int) -> Image.Image:
@@ -26,7 +38,7 @@ def outlined(image: Image.Image, mask: Image.Image | None) -> Image.Image:
 
 def strip(cells: list[tuple[Image.Image, str, Image.Image | None]], height: int = 256, gap: int = 12) -> Image.Image:
     """Pictures side by side; cells: (picture, caption, mask or None). The mask is where that picture was edited."""
-    font = ImageFont.load_default(size=max(12, height // 16))
+    font = font_for("".join(text for _, text, _ in cells), max(12, height // 16))
     pictures = [outlined(enlarge(image, height), mask) for image, _, mask in cells]
     captions = [wrap(text, picture.width, font) for (_, text, _), picture in zip(cells, pictures, strict=True)]
     line = sum(font.getmetrics()) + 2
@@ -39,6 +51,39 @@ def strip(cells: list[tuple[Image.Image, str, Image.Image | None]], height: int 
         draw.multiline_text((x, gap + tall + gap // 2), text, fill=INK, font=font)
         x += picture.width + gap
     return out
+
+
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font or, where that lacks a character, the first one here with all, or with most, which is told."""
+    best = ImageFont.load_default(size=size)
+    lacking = missing(text, best)
+    for name in FONTS if lacking else ():
+        try:
+            font = ImageFont.truetype(name, size)
+        except OSError:
+            continue
+        if len(less := missing(text, font)) < len(lacking):
+            best, lacking = font, less
+        if not lacking:
+            break
+    if lacking:
+        note(
+            f"the strip's captions lack {printable(''.join(sorted(lacking)), 40)}, for which no font was found here: "
+            "install one, such as Noto Sans CJK"
+        )
+    return best
+
+
+def missing(text: str, font: ImageFont.FreeTypeFont) -> set[str]:
+    """The characters for which a font draws what it draws for one that is none."""
+
+    def drawn(character: str) -> tuple:
+        mask = font.getmask(character)
+        return mask.size, bytes(mask)
+
+    nothing = drawn("\U0010ffff")
+    seen = {c for c in text if not c.isspace() and unicodedata.category(c)[0] not in "CM"}
+    return {c for c in seen if not c.isascii() and drawn(c) == nothing}
 
 
 def wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:

@@ -20,12 +20,14 @@ def convert(
     dtype: str | torch.dtype = "float16",
     config: str | Path | None = None,
     overwrite: bool = False,
+    ema: str = "auto",
 ) -> str:
     """Write what sampling needs of a weight file, and no more, as .safetensors; returns a line that says what was done.
 
     The UNet is written under the raw weights' names and filled with the EMA ones where there are any, so the result
     is a common pruned copy. dtype: "float16", "bfloat16" or "float32". The result is held in memory, 2.1 GB of the
-    released model in float16, and the target appears when it is whole. Raises CheckpointError, ConfigError.
+    released model in float16, and the target appears when it is whole. ema: see `reading.key_map`.
+    Raises CheckpointError, ConfigError.
     """
     source, target, dtype = Path(source), Path(target), str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
@@ -42,22 +44,22 @@ def convert(
         raise CheckpointError(f"{target} is there already: remove it, name another, or ask to overwrite it")
     entries = reading.index(source)
     networks = meta_networks(pick_config(entries, source, config))
-    wanted, report = reading.check(networks, entries, str(source))
+    wanted, report = reading.check(networks, entries, str(source), ema)
     names, _ = reading.key_map(networks, [reading.TEXT + "text_model."])  # those of a pruned copy
     keys = {names[part][name]: key for part, files in wanted.items() for name, key in files.items()}
 
     reader, tensors = reading.Reader(source, entries), {}
+    reading.tell_apart(reader, wanted["unet"], report.family, ema)
     nbytes = sum(torch.Size(entries[key].shape).numel() for key in keys.values()) * getattr(torch, dtype).itemsize
     notes = {"format": "pt", "source": os.fsencode(source.name).decode("utf-8", "replace"), "family": report.family}
     try:
         writing.need_space(target.parent, nbytes)
         for name, key in keys.items():
             tensors[name] = reader.get(key, "cpu", getattr(torch, dtype))
-            if not tensors[name].isfinite().all():
-                raise CheckpointError(f"{source}: {key} is not finite in {dtype}: try bfloat16 or float32")
+            reader.finite(key, tensors[name], str(source))
         writing.write_tensors(tensors, target, notes)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {writing.explain(error)}") from error
-    before, after = (tqdm.format_sizeof(path.stat().st_size, "B") for path in (source, target))
+    before, after = (tqdm.format_sizeof(n, "B") for n in (reading.nbytes(source, entries), target.stat().st_size))
     made = f"{target}: {len(keys)} tensors in {dtype}, {after}"
     return f"{made}, from the {report.family} weights of {source} ({before})"

@@ -14,9 +14,11 @@ from .networks import meta_networks
 def pick_config(entries: dict[str, reading.Entry], path: Path, config: str | Path | None) -> Config:
     """The named config, or the built-in one that the file's tensors tell. Raises CheckpointError, ConfigError."""
     name = config or reading.detect_config(entries)
-    if name is None:
+    loaded = load_config(name) if name else None
+    reading.refuse(path, entries)
+    if loaded is None:
         raise CheckpointError(f"{path} is {reading.explain_unknown(entries)}")
-    return load_config(name)
+    return loaded
 
 
 def info(path: str | Path, sha256: bool = False, config: str | Path | None = None) -> str:
@@ -35,11 +37,11 @@ def info(path: str | Path, sha256: bool = False, config: str | Path | None = Non
         "other": "",
     }
     notes = reading.metadata(path)
-    kind = "torch.save" if notes is None else "safetensors"
-    size = tqdm.format_sizeof(path.stat().st_size, "B")
+    kind = "diffusers' folder" if path.is_dir() else "torch.save" if notes is None else "safetensors"
+    size = tqdm.format_sizeof(reading.nbytes(path, entries), "B")
     lines = [str(path), f"  format       {kind}, {size}, {len(entries)} tensors"]
     for key in ("source", "family"):  # what `convert` notes
-        if key in (notes or {}):
+        if key in notes:
             lines.append(f"  {key:<12} {printable(notes[key], 80)}")
     rest = dict(entries)
     for name, prefix in prefixes.items():
@@ -57,6 +59,8 @@ def info(path: str | Path, sha256: bool = False, config: str | Path | None = Non
             lines.append("  not needed   " + ", ".join(f"{n} {rule}" for rule, n in sorted(report.dropped.items())))
     except CheckpointError as error:
         lines.append(f"  model        does not fit: {str(error).removeprefix(f'{path} is ')}")
+    if sha256 and path.is_dir():
+        raise CheckpointError(f"{path} is a folder: --sha256 is of a file")
     if sha256:
         digest = hash_file(path)
         released = RELEASED.get(digest)

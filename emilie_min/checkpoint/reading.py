@@ -5,30 +5,25 @@ named in the file's terms (`key_map`); what they do not name is dropped by a rul
 the named tensors are read, one at a time, cast on the way to the device.
 """
 
+import json
+import math
 import mmap
 import os
 import re
 import struct
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from ..errors import CheckpointError, first_line, printable
-
-RAW, EMA, VAE, TEXT = "model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model.transformer."
-
-DROPPED = {  # what is in released files and not needed to sample: a name for it, and its keys
-    "noise schedule (computed from the config)": "betas|logvar|scale_factor|alphas_cumprod(_prev)?"
-    "|(sqrt|log)_(one_minus_)?alphas_cumprod|sqrt_recip(m1)?_alphas_cumprod|posterior_[a-z0-9_]+",
-    "counters of the weight average": r"model_ema\.(decay|num_updates)",
-    "position numbers": r"cond_stage_model\.transformer\..*position_ids",
-    "the autoencoder's training loss": r"first_stage_model\.loss\..*",
-}
+from ..errors import CheckpointError, first_line, note, printable
+from . import names as other_names
+from .names import DROPPED, EMA, RAW, TEXT, VAE
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                       "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -45,12 +40,17 @@ HELD = 64_000_000  # bytes that a reader maps before it lets them go
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file; of a .ckpt also where it lies: `stride` in elements, `offset` in bytes."""
+    """One tensor of a file; of a .ckpt also where it lies: `stride` in elements, `offset` in bytes.
+
+    key, file: its name in the file, and which of a folder's, where they are not what it is indexed by.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...] = ()
     offset: int | None = None
+    key: str | None = None
+    file: Path | None = None
 
     @property
     def nbytes(self) -> int:
@@ -63,12 +63,13 @@ class Entry:
 
 
 def index(path: str | Path) -> dict[str, Entry]:
-    """Every tensor of a weight file, by key, without reading one.
+    """Every tensor of a weight file or of diffusers' folder, by its key in the original layout, without reading one.
 
     Raises CheckpointError for a file that is missing, cut short, of another format, or that would run code when read.
     """
     try:
-        entries = _index(Path(path))
+        path = Path(path)
+        entries = _index_folder(path) if path.is_dir() else _renamed(path, _index(path))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except CheckpointError as error:  # may quote the file
@@ -80,9 +81,63 @@ def index(path: str | Path) -> dict[str, Entry]:
     return entries
 
 
+def _renamed(path: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """By the original's names for the same numbers, and with its shapes."""
+    names, prefix = other_names.original_names(entries)
+    if len(set(names.values())) < len(names):
+        raise CheckpointError(f"{path} holds the same tensor under two names")
+    if prefix:
+        note(f"{printable(path)} keeps its tensors under {printable(prefix)}, which is left out")
+    return {
+        names[key]: _fitted(names[key], replace(e, key=key) if names[key] != key else e) for key, e in entries.items()
+    }
+
+
+def _fitted(key: str, entry: Entry) -> Entry:
+    """A matrix in the place of a 1x1 convolution as that."""
+    if len(entry.shape) == 2 and other_names.MATRICES.fullmatch(key):
+        stride = (*entry.stride, 1, 1) if entry.stride else ()
+        return replace(entry, shape=(*entry.shape, 1, 1), stride=stride)
+    return entry
+
+
+def _index_folder(path: Path) -> dict[str, Entry]:
+    """The folder that diffusers writes: unet/, vae/, text_encoder/."""
+    lacking = [part for part in other_names.FOLDER if not (path / part).is_dir()]
+    if lacking:
+        way = "a .ckpt or .safetensors file, or a folder of diffusers' with unet/, vae/, text_encoder/ and tokenizer/"
+        inside = [f"{path / name}" for name in ("unet", "vae") if (path / name).is_dir()]
+        raise CheckpointError(
+            f"{path} is a folder without {', '.join(lacking)}: name {way}"
+            if inside or (path / "model_index.json").is_file()
+            else f"{path} is a folder: name {way}"
+        )
+    entries: dict[str, Entry] = {}
+    for part, stems in other_names.FOLDER.items():
+        found = {key: replace(e, key=key, file=f) for f in _part(path / part, stems) for key, e in _index(f).items()}
+        for key, name in other_names.from_diffusers(part, found).items():
+            entries[name] = _fitted(name, found[key])
+    return entries
+
+
+def _part(folder: Path, stems: tuple[str, ...]) -> list[Path]:
+    """A part's file or, as its table of contents names them, files: .safetensors before .bin, full before float16."""
+    for stem in [f"{stem}{variant}" for variant in ("", ".fp16") for stem in stems]:
+        plain, _, variant = stem.partition(".")
+        for suffix in ("safetensors", "bin"):
+            if (folder / f"{stem}.{suffix}").is_file():
+                return [folder / f"{stem}.{suffix}"]
+            table = folder / (f"{plain}.{suffix}.index" + (f".{variant}" if variant else "") + ".json")
+            if table.is_file():
+                try:
+                    names = set(json.loads(table.read_text(encoding="utf-8"))["weight_map"].values())
+                    return sorted(folder / Path(name).name for name in names)
+                except Exception as error:
+                    raise CheckpointError(f"{table} cannot be read: {first_line(error)}") from error
+    raise CheckpointError(f"{folder} holds no {stems[0]}.safetensors and no {stems[-1]}.bin")
+
+
 def _index(path: Path) -> dict[str, Entry]:
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: give the single .ckpt or .safetensors file in the original layout")
     if not path.is_file():
         raise CheckpointError(f"no weights at {path}: `emilie download` fetches the released ones")
     with open(path, "rb") as f:
@@ -94,6 +149,8 @@ def _index(path: Path) -> dict[str, Entry]:
     wrong = f"{path} ({size} bytes) is neither a .safetensors file nor a .ckpt of PyTorch's"
     if head.startswith(b"\x80\x02"):
         wrong = f"{path} is a bare pickle, as PyTorch wrote them before 1.6: load it with PyTorch and save it anew"
+    elif head.startswith(b"GGUF"):
+        wrong = f"{path} is a GGUF file, whose numbers are quantized: name the model's .safetensors file"
     elif head.startswith(b"version "):
         wrong += ": a Git LFS pointer, so run `git lfs pull`"
     elif head.lower().startswith((b"<!doc", b"<html")):
@@ -123,11 +180,25 @@ def _index_safetensors(path: Path) -> dict[str, Entry]:
 
 
 def metadata(path: str | Path) -> dict[str, str] | None:
-    """What the writer of a .safetensors file noted in it, once `index` has read it; None for another format."""
+    """What the writer of a .safetensors file noted in it, once `index` has read it; None for another format.
+
+    Of diffusers' folder, what its scheduler is set to.
+    """
+    if Path(path).is_dir():
+        try:
+            settings = json.loads((Path(path) / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
+            return {key: str(value) for key, value in settings.items()}
+        except (OSError, ValueError, AttributeError):
+            return None
     if not _is_safetensors(path):
         return None
     with safe_open(path, "pt") as f:
         return f.metadata() or {}
+
+
+def nbytes(path: str | Path, entries: dict[str, Entry]) -> int:
+    """Of a weight file, or of the files of a folder."""
+    return sum(file.stat().st_size for file in {entry.file or Path(path) for entry in entries.values()})
 
 
 def _index_ckpt(path: Path) -> dict[str, Entry]:
@@ -142,12 +213,10 @@ def _index_ckpt(path: Path) -> dict[str, Entry]:
     try:
         records = _records(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        placeholders = [(_Placeholder(name, (), {}), name) for name in names]
+        placeholders: list[Any] = [(_Placeholder(name, (), {}), name) for name in names]
         with FakeTensorMode(), torch.serialization.safe_globals(placeholders), open(path, "rb") as f:
             state = torch.load(f, weights_only=True)  # not by its path, whose name torch.load would believe
-        state = state.get("state_dict", state) if isinstance(state, dict) else {}
-        state = state if isinstance(state, dict) else {}
-        tensors = {key: t for key, t in state.items() if isinstance(key, str) and isinstance(t, Tensor)}
+        tensors = _tensors(path, state)
         entries = {key: _placed(key, t, records) for key, t in tensors.items()}
     except CheckpointError as error:
         raise CheckpointError(f"{path} is refused: {error}") from error
@@ -158,6 +227,23 @@ def _index_ckpt(path: Path) -> dict[str, Entry]:
     if not entries:
         raise CheckpointError(f"{path} holds no state_dict of tensors")
     return entries
+
+
+def _tensors(path: Path, state: object) -> dict[str, Tensor]:
+    """Of what was pickled, the dict of tensors, also under another name than Lightning's "state_dict"."""
+
+    def own(value: object) -> dict[str, Tensor]:
+        items = value.items() if isinstance(value, dict) else ()
+        return {key: t for key, t in items if isinstance(key, str) and isinstance(t, Tensor)}
+
+    if not isinstance(state, dict) or "state_dict" in state or own(state):
+        return own(state.get("state_dict", state) if isinstance(state, dict) else state)
+    inner = {name: own(value) for name, value in state.items() if isinstance(name, str)}
+    name = max(inner, key=lambda name: len(inner[name]), default=None)
+    if name is None or not any(key.startswith((RAW, EMA, VAE)) for key in inner[name]):
+        return {}
+    note(f"{printable(path)} keeps its tensors under {printable(name)!r}")
+    return inner[name]
 
 
 def _records(path: Path) -> dict[int, int]:
@@ -206,32 +292,51 @@ class Reader:
     """Tensors of an indexed file, one at a time; what is mapped of the file is let go every few tensors."""
 
     def __init__(self, path: str | Path, entries: dict[str, Entry]):
-        self.path, self.entries, self.held = path, entries, 0
-        self.open()
+        self.path, self.entries, self.held = Path(path), entries, 0
+        self.files: dict[Path, object] = {}
 
-    def open(self) -> None:
-        if _is_safetensors(self.path):
-            self.file = safe_open(self.path, "pt")
-        else:
-            with open(self.path, "rb") as f:
-                self.file = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    def open(self, path: Path):
+        if path not in self.files:
+            if _is_safetensors(path):
+                self.files[path] = safe_open(path, "pt")
+            else:
+                with open(path, "rb") as f:
+                    self.files[path] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self.files[path]
 
     def get(self, key: str, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:
         """The tensor, contiguous, in memory of its own; dtype: None = the file's."""
         e = self.entries[key]
-        if e.offset is None:
-            tensor = self.file.get_tensor(key)
-        elif not e.span:
-            tensor = torch.empty(e.shape, dtype=e.dtype)
-        else:
-            flat = torch.frombuffer(self.file, dtype=e.dtype, count=e.span, offset=e.offset)
-            tensor = flat.as_strided(e.shape, e.stride)
-        out = tensor.to(device, dtype or e.dtype, copy=True).contiguous()
+        out = self.stored(key).to(device, dtype or e.dtype, copy=True).contiguous()
         self.held += e.nbytes
         if self.held > HELD:
             self.held = 0
-            self.open()
+            self.files.clear()
         return out
+
+    def stored(self, key: str, rows: int | None = None) -> Tensor:
+        """The tensor, or its first rows, as the file holds it, in the file's memory."""
+        e = self.entries[key]
+        file = self.open(e.file or self.path)
+        if e.offset is None:
+            if rows is not None and e.shape:
+                return file.get_slice(e.key or key)[:rows]
+            return file.get_tensor(e.key or key).view(e.shape)
+        if not e.span:
+            return torch.empty(e.shape, dtype=e.dtype)
+        flat = torch.frombuffer(file, dtype=e.dtype, count=e.span, offset=e.offset)
+        tensor = flat.as_strided(e.shape, e.stride)
+        return tensor if rows is None or not e.shape else tensor[:rows]
+
+    def finite(self, key: str, tensor: Tensor, what: str) -> None:
+        """Raises CheckpointError that names a tensor with NaN or infinite values, which the file has or a cast made."""
+        if (tensor if tensor.dtype.itemsize > 1 else tensor.float()).isfinite().all():
+            return
+        name = self.entries[key].key or key
+        if self.stored(key).isfinite().all():
+            raise CheckpointError(f"{what}: {name} is not finite in {str(tensor.dtype)[6:]}: try bfloat16 or float32")
+        wrong = f"{name} is not finite in the file (NaN or infinite)"
+        raise CheckpointError(f"{what} is damaged: {wrong}. Fetch or merge it again")
 
 
 @dataclass
@@ -242,12 +347,22 @@ class LoadReport:
     dropped: dict[str, int] = field(default_factory=dict)
 
 
-def key_map(networks: dict[str, nn.Module], keys) -> tuple[dict[str, dict[str, str]], str]:
+EMA_CHOICES = ("auto", "yes", "no")
+LAG = 0.02  # how far, relative to their size, a trainer's weights and their average lie apart at most
+
+
+def key_map(networks: dict[str, nn.Module], keys, ema: str = "auto") -> tuple[dict[str, dict[str, str]], str]:
     """The file's key of each parameter, by network ("unet", "vae", "text"), and which UNet weights: "EMA" or "raw".
 
-    EMA weights are what the original samples with; they stand under the parameter's name without its dots.
+    EMA weights are what the original samples with; they stand under the parameter's name without its dots. ema: "yes"
+    and "no" want and leave them, "auto" takes them where there are any. Raises CheckpointError.
     """
-    ema = any(key.startswith(EMA + "diffusion_model") for key in keys)  # pruned copies may keep the counters alone
+    if ema not in EMA_CHOICES:
+        raise CheckpointError(f"ema must be one of {', '.join(EMA_CHOICES)}, not {printable(ema, 80)}")
+    averaged = any(key.startswith(EMA + "diffusion_model") for key in keys)  # pruned copies may keep counters alone
+    if ema == "yes" and not averaged:
+        raise CheckpointError("there are no EMA weights in it: leave out --ema yes")
+    ema = averaged and ema != "no"
     inner = "text_model." if any(key.startswith(TEXT + "text_model.") for key in keys) else ""
     rules = {
         "unet": lambda name: EMA + ("diffusion_model." + name).replace(".", "") if ema else RAW + name,
@@ -261,12 +376,15 @@ def key_map(networks: dict[str, nn.Module], keys) -> tuple[dict[str, dict[str, s
     return wanted, "EMA" if ema else "raw"
 
 
-def check(networks: dict[str, nn.Module], entries: dict[str, Entry], what: str) -> tuple[dict[str, dict], LoadReport]:
+def check(
+    networks: dict[str, nn.Module], entries: dict[str, Entry], what: str, ema: str = "auto"
+) -> tuple[dict[str, dict], LoadReport]:
     """`key_map`, once every key of the file is accounted for and every shape fits.
 
-    Raises CheckpointError that lists the first missing, misshapen and unknown tensors.
+    Tensors outside the three networks that nothing asks for are told of, once nothing else is wrong. Raises
+    CheckpointError that lists the first missing, misshapen and unknown tensors.
     """
-    wanted, family = key_map(networks, entries)
+    wanted, family = key_map(networks, entries, ema)
     report = LoadReport(family)
     missing, misshapen = [], []
     for part, names in wanted.items():
@@ -281,6 +399,8 @@ def check(networks: dict[str, nn.Module], entries: dict[str, Entry], what: str) 
     rules = dict(DROPPED)
     if family == "EMA":
         rules["raw UNet weights beside the EMA ones"] = re.escape(RAW) + ".*"
+    else:
+        rules["EMA weights beside the raw ones"] = re.escape(EMA) + ".*"
     extra = []
     for key in entries.keys() - {key for names in wanted.values() for key in names.values()}:
         rule = next((rule for rule, pattern in rules.items() if re.fullmatch(pattern, key)), None)
@@ -288,6 +408,12 @@ def check(networks: dict[str, nn.Module], entries: dict[str, Entry], what: str) 
             report.dropped[rule] = report.dropped.get(rule, 0) + 1
         else:
             extra.append(key)
+    strangers = [key for key in extra if not key.startswith((RAW, EMA, VAE, TEXT))]
+    if not (missing or misshapen) and extra == strangers and extra:
+        names = f"{', '.join(sorted(extra)[:3])}{', ...' if len(extra) > 3 else ''}"
+        note(f"{what} also holds {len(extra)} tensors that no network asks for, which are left out: {printable(names)}")
+        report.dropped["tensors that no network asks for"] = len(extra)
+        extra = []
     complaints = [
         f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
         for kind, keys in (("missing", missing), ("misshapen", misshapen), ("unknown", extra))
@@ -308,16 +434,21 @@ def load(
     device: torch.device | str,
     dtype: torch.dtype | None,
     entries: dict[str, Entry] | None = None,
+    ema: str = "auto",
 ) -> LoadReport:
     """Fill networks built on the meta device from a file; strict, cast to `dtype` (None: the file's own).
 
-    networks: "unet", "vae" and "text" in LDM's key layout. Raises CheckpointError; see `index` and `check`.
+    networks: "unet", "vae" and "text" in LDM's key layout; ema: see `key_map`. Raises CheckpointError; see `index`,
+    `check` and `Reader.finite`.
     """
     entries = index(path) if entries is None else entries
-    wanted, report = check(networks, entries, str(path))
+    wanted, report = check(networks, entries, str(path), ema)
     reader = Reader(path, entries)
+    tell_apart(reader, wanted["unet"], report.family, ema)
     for part, names in wanted.items():
         state = {name: reader.get(key, device, dtype) for name, key in names.items()}
+        for name, key in names.items():
+            reader.finite(key, state[name], str(path))
         networks[part].load_state_dict(state, strict=True, assign=True)
         for name, buffer in networks[part].named_buffers():
             if buffer.is_meta:  # not in any file: transformers' position numbers
@@ -329,17 +460,44 @@ def load(
     return report
 
 
+def tell_apart(reader: Reader, names: dict[str, str], family: str, ema: str) -> None:
+    """Tell where a file's raw UNet weights are not those that its EMA ones are an average of, as after a merge.
+
+    By the first row of every matrix and convolution.
+    """
+    raw = {name: RAW + name for name in names}
+    averages = {name: EMA + ("diffusion_model" + "." + name).replace(".", "") for name in names}
+    if ema != "auto" or family != "EMA" or not all(key in reader.entries for key in raw.values()):
+        return
+    far, size = 0.0, 0.0
+    for name in names:
+        if len(reader.entries[raw[name]].shape) > 1:
+            a, b = (reader.stored(each[name], 1).float() for each in (raw, averages))
+            far, size = far + float((a - b).square().sum()), size + float(b.square().sum())
+    apart = math.sqrt(far / size) if size else 0.0
+    if apart > LAG:
+        note(
+            f"{printable(reader.path)} holds two UNets that are {apart:.0%} apart, as after a merge that left the old "
+            "average: the average is used; --ema no (ema='no') takes the other"
+        )
+
+
 def detect_config(entries: dict[str, Entry]) -> str | None:
     """The built-in config whose UNet has this file's width and input channels, or None."""
     first = entries.get(RAW + "input_blocks.0.0.weight") or entries.get(EMA + "diffusion_modelinput_blocks00weight")
-    widths = {(320, 8): "ip2p", (320, 4): "sd15", (64, 8): "toy", (64, 4): "toy-t2i"}
+    widths: dict[tuple[int, ...], str] = {(320, 8): "ip2p", (320, 4): "sd15", (64, 8): "toy", (64, 4): "toy-t2i"}
     return widths.get(first.shape[:2]) if first else None
+
+
+def refuse(path: str | Path, entries: dict[str, Entry]) -> None:
+    """Raises CheckpointError for a file that tells that it is of another model, see `names.TELL_TALES`."""
+    what = other_names.tell_tale({key: entry.shape for key, entry in entries.items()}, metadata(path))
+    if what is not None:
+        raise CheckpointError(f"{path} is {what}")
 
 
 def explain_unknown(entries: dict[str, Entry]) -> str:
     """What kind of file has such keys, for the error when no config fits it."""
-    if any(key.startswith(("down_blocks.", "mid_block.", "encoder.down_blocks.")) for key in entries):
-        return "a network in diffusers' layout; the original layout is one file with model.diffusion_model.* keys"
     if not any(key.startswith((RAW, EMA)) for key in entries):
         return "not a checkpoint in the original layout: no key starts with model.diffusion_model. or model_ema."
     return "of a model that no built-in config fits: name its YAML file with --config"

@@ -18,7 +18,8 @@ from ..loading import load
 from ..sampling import get_sigmas
 
 WAYS = {  # to load emilie; all others are held against the first, and share its weights where they can
-    "eager": {},
+    "eager": {"plain": True},
+    "default": {"compile": None},  # the command's: on CUDA graphs, on a CPU `faster.fast`
     "compiled": {"compile": True},
     "low memory": {"low_memory": True},
 }
@@ -143,7 +144,7 @@ def builders(setting: Namespace) -> dict[str, Callable[[], Backend]]:
         half = options.get("low_memory") and editor.dtype == torch.float32  # on a CPU it holds its weights in half
         return Backend(editor, torch.float16 if half else editor.dtype)
 
-    ways = {way: options for way, options in WAYS.items() if all(asked.get(option, True) for option in options)}
+    ways = {way: given for way, given in WAYS.items() if all(asked.get(key, True) for key in given if given[key])}
     made = {f"emilie, {way}": cache(partial(backend, options)) for way, options in ways.items()}
     if setting.against:
         import_diffusers()

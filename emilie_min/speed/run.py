@@ -40,12 +40,15 @@ def run(setting: Namespace, started: float, save: Callable[[dict], None] = lambd
     setting: its parsed options; started: when, by time.monotonic, from which --minutes count; save: gets the result so
     far after each piece. Raises EmilieError; with --full only for what nothing can be measured without.
     """
-    threads = torch.get_num_threads()
+    threads, deadline = torch.get_num_threads(), started + 60 * (setting.minutes or math.inf)
     with tempfile.TemporaryDirectory() as cold, torch.no_grad():
         try:
             with patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": cold} if setting.full else {}):
-                done = Run(setting, started + 60 * (setting.minutes or math.inf), save)
+                with stopping_at(deadline):
+                    done = Run(setting, deadline, save)
                 done.all()
+        except TimeUp:
+            raise EmilieError(f"--minutes {setting.minutes:g} were over before there were weights: give more") from None
         finally:
             torch.set_num_threads(threads)
     return done.result

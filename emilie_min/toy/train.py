@@ -154,7 +154,7 @@ def fit(
     minutes: float,
     lr: float,
     weight_decay: float = 0.0,
-    save_every: float = 120.0,
+    save_every: float = 60.0,
     **begun,
 ) -> tuple[nn.Module, int]:
     """Train until `minutes` have gone by, those before a kill included; the average of weights and the steps taken.
@@ -163,7 +163,7 @@ def fit(
     every `save_every` seconds; begun: what a run that goes on from `path` must have begun with.
     Raises CheckpointError for another run's state, EmilieError where the loss is not finite.
     """
-    step, seconds, smooth = 0, 0.0, None
+    step, seconds = 0, 0.0
     average = AveragedModel(
         model,
         multi_avg_fn=lambda mean, new, _: torch._foreach_lerp_(mean, new, 1 - min(DECAY, (1 + step) / (10 + step))),
@@ -192,12 +192,15 @@ def fit(
             torch.save({"begun": begun, "step": step, "seconds": seconds, **states}, f)
 
     def report() -> None:
-        if not math.isfinite(smooth):
-            raise EmilieError(f"{path.stem}: the loss is {smooth} at step {step}: lower --lr; {path} is from before")
-        print(f"{path.stem}: {seconds / 60:.1f} of {minutes:g} min, step {step}, loss {smooth:.4f}", flush=True)
+        nonlocal total, counted
+        if not math.isfinite(mean := float(total) / counted):
+            raise EmilieError(f"{path.stem}: the loss is {mean} by step {step}: lower --lr; {path} is from before")
+        print(f"{path.stem}: {seconds / 60:.1f} of {minutes:g} min, step {step}, loss {mean:.4f}", flush=True)
+        total, counted = 0.0, 0
 
+    total, counted = 0.0, 0  # the loss since the last report, left on the GPU until then
     model.train()
-    clock = saved = told = time.monotonic()
+    clock = saved = time.monotonic()
     feed = batches(step)
     while seconds < 60 * minutes:
         value = loss(*next(feed))
@@ -206,20 +209,15 @@ def fit(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         average.update_parameters(model)
-        step += 1
+        total, counted, step = total + value.detach(), counted + 1, step + 1
         now = time.monotonic()
         seconds, clock = seconds + now - clock, now
         schedule.step()
-        if smooth is None or step % 20 == 0:  # seldom, since a GPU is waited for
-            smooth = value.item() if smooth is None else 0.8 * smooth + 0.2 * value.item()
-        if now - told > 30:
-            report()
-            told = now
         if now - saved > save_every:
             report()
             save()
             saved = now
-    if smooth is not None:
+    if counted:
         report()
         save()
     return average.module.eval().requires_grad_(False), step
@@ -423,7 +421,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="go on from these, and keep their autoencoder")
     parser.add_argument("--runs", type=Path, help="the folder of the state; default: runs/NAME for NAME.safetensors")
     parser.add_argument("--minutes", type=float, help="in all, those before a kill included; 5 on a GPU, 120 on a CPU")
-    parser.add_argument("--save-every", type=float, default=120.0, help="seconds between saves of the state")
+    parser.add_argument("--save-every", type=float, default=60.0, help="seconds between saves of the state")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     parser.add_argument("--batch", type=int, help="default: 1024 on a GPU, 32 on a CPU")

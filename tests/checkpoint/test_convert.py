@@ -103,7 +103,7 @@ def test_info_names_what_is_missing(small_state, tmp_path):
 
 def test_info_of_other_files(tmp_path):
     save_file({"down_blocks.0.norm.weight": torch.zeros(2)}, tmp_path / "a.safetensors")
-    assert "does not fit: a network in diffusers' layout" in info(tmp_path / "a.safetensors")
+    assert "does not fit: the UNet of diffusers' layout" in info(tmp_path / "a.safetensors")
     (tmp_path / "b.ckpt").write_bytes(b"junk")
     assert "neither" in refused(info, tmp_path / "b.ckpt")
     assert "no weights at" in refused(info, tmp_path / "c.ckpt")

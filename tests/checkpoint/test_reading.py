@@ -105,7 +105,9 @@ def test_both_formats_read_every_tensor(tensors, tmp_path):
     write_ckpt(tmp_path / "trainer.ckpt", tensors)
     save_file({key: t.contiguous().clone() for key, t in tensors.items()}, tmp_path / "a.safetensors")
     for name in ("flat.ckpt", "trainer.ckpt", "a.safetensors"):
-        assert same(read(tmp_path / name), {key: t.detach() for key, t in tensors.items()})
+        out = read(tmp_path / name)
+        assert same(out, {key: t.detach() for key, t in tensors.items()})
+        assert all(t.is_contiguous() for t in out.values())
 
 
 def test_the_name_says_nothing_of_the_format(tensors, tmp_path):
@@ -298,7 +300,8 @@ def test_diffusers_layout_is_recognised(tmp_path):
     for key in ("down_blocks.0.attentions.0.norm.weight", "encoder.down_blocks.0.resnets.0.norm1.weight"):
         save_file({key: torch.zeros(3)}, tmp_path / "a.safetensors")
         entries = reading.index(tmp_path / "a.safetensors")
-        assert reading.detect_config(entries) is None and "diffusers" in reading.explain_unknown(entries)
+        with pytest.raises(CheckpointError, match="diffusers"):
+            reading.refuse(tmp_path / "a.safetensors", entries)
     assert "no key starts with" in reading.explain_unknown({})
 
 

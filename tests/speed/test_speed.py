@@ -330,6 +330,7 @@ def test_the_report_of_a_run_that_knows_nothing_yet():
         (["--steps", "0"], "must be a whole number"),
         (["--minutes", "-1"], "must be a positive number of minutes"),
         (["--minutes", "x"], "must be a positive number of minutes"),
+        (["--minutes", "0.00001"], "were over before there were weights"),
         (["--parts", "times,lunch"], "must be of equality,"),
         (["--resolution", "70"], "this model needs a multiple of"),
         (["--random", "--weights", "w.ckpt"], "not allowed with"),

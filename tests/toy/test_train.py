@@ -5,8 +5,9 @@ import subprocess
 import sys
 import time
 from functools import partial
-from itertools import repeat
+from itertools import count, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -174,32 +175,42 @@ def test_latents_take_the_scale_of_the_config():
 # ---- going on
 
 
-def line(tmp_path, minutes=0.001, target=3.0, **begun):
-    """A line through the origin, trained."""
-    torch.manual_seed(0)
-    model = torch.nn.Linear(1, 1, bias=False)
-    batches = lambda step: repeat((torch.ones(1, 1),))  # noqa: E731
-    return model, *train.fit(
-        model, tmp_path / "line.pt", batches, lambda x: (model(x) - target).square().mean(), minutes, 0.05, **begun
-    )
+@pytest.fixture
+def line(tmp_path, monkeypatch):
+    """Trains a line through the origin towards `slope`; a batch takes a millisecond by its clock."""
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=count(step=0.001).__next__))
+    monkeypatch.setattr(train, "WARM_UP", 1)
+
+    def fit(seconds, slope=3.0, **begun):
+        model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(model.weight)
+
+        def loss(x):
+            return (model(x) - slope).square().mean()
+
+        batches = repeat((torch.ones(1, 1),))
+        return model, *train.fit(model, tmp_path / "line.pt", lambda step: batches, loss, seconds / 60, 0.1, **begun)
+
+    return fit
 
 
-def test_a_run_goes_on_and_its_average_lags_behind(tmp_path, capsys):
-    model, average, steps = line(tmp_path)
-    assert 0 < average.weight.item() < model.weight.item() < 3.1
-    again, _, more = line(tmp_path, 0.002)
-    assert more > steps and f"going on from step {steps}" in capsys.readouterr().out
-    assert abs(again.weight.item() - 3) < abs(model.weight.item() - 3)
-    assert line(tmp_path, 0.002)[2] == more  # its time is spent
+def test_a_run_goes_on_and_its_average_lags_behind(line, capsys):
+    model, average, steps = line(0.0205)
+    assert steps == 21 and 0 < average.weight.item() < model.weight.item() < 3
+    again, average, steps = line(0.2005)
+    assert steps == 201 and "going on from step 21" in capsys.readouterr().out
+    assert again.weight.item() == pytest.approx(3, abs=0.1)
+    _, same, steps = line(0.2005)  # its time is spent
+    assert steps == 201 and same.weight.equal(average.weight)
 
 
-def test_another_runs_state_and_a_loss_that_is_not_finite_are_refused(tmp_path):
-    _, _, steps = line(tmp_path, weights="none")
+def test_another_runs_state_and_a_loss_that_is_not_finite_are_refused(line, tmp_path):
+    line(0.0205, weights="none")
     with pytest.raises(emilie.EmilieError, match="--runs"):
-        line(tmp_path, weights="others")
-    with pytest.raises(emilie.EmilieError, match="not finite|nan"):
-        line(tmp_path, 0.002, target=float("nan"), weights="none")
-    assert torch.load(tmp_path / "line.pt", weights_only=True)["step"] == steps
+        line(0.0205, weights="others")
+    with pytest.raises(emilie.EmilieError, match="loss is nan"):
+        line(0.0405, slope=float("nan"), weights="none")
+    assert torch.load(tmp_path / "line.pt", weights_only=True)["step"] == 21
 
 
 def test_killed_and_resumed_from_nothing(tmp_path, monkeypatch, capsys):
@@ -245,5 +256,5 @@ def test_the_sister_begins_from_an_editing_model(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("bad", [("--twins", 2), ("--batch", 0), ("--minutes", -1), ("--places", "nan")])
 def test_bad_settings(bad, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        run(monkeypatch, tmp_path / "out.safetensors", *bad)
+        run(monkeypatch, tmp_path / "out.safetensors", "--minutes", 0, *bad)
     assert bad[0] in capsys.readouterr().err and not list(tmp_path.iterdir())
