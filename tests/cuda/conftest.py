@@ -14,7 +14,12 @@ import emilie_min as emilie
 from emilie_min.toy import world
 
 DEVICE = os.environ.get("EMILIE_TEST_DEVICE", "cuda")
-PATHS = {"plain": {}, "compiled": {"compile": True}, "low memory": {"low_memory": True}}
+PATHS = {
+    "plain": {"plain": True},
+    "default": {},  # CUDA graphs
+    "compiled": {"compile": True},
+    "low memory": {"low_memory": True},
+}
 
 
 def pytest_collection_modifyitems(items):
