@@ -500,6 +500,9 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     message = refusal(path)
     monkeypatch.undo()
     assert "cannot be read: Permission denied" in message
+    save_file({"a": torch.ones(1)}, path)
+    monkeypatch.setattr(reading, "safe_open", denied)  # what the library reports of a disk, too
+    assert "cannot be read: Permission denied" in refusal(path)
 
 
 # what breaks off
