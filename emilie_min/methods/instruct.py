@@ -64,6 +64,7 @@ class Emilie(Method):
             sampler=self.sampler,
             guidance_interval=self.guidance_interval,
             reuse=self.reuse,
+            allow_empty=not request.instruction,  # a benchmark's items that ask for nothing
         )
         state = canvas.state
         return replace(
