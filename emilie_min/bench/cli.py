@@ -20,26 +20,40 @@ def add_commands(bench: argparse.ArgumentParser, add_model_options: Callable) ->
     make = command("make", run_make, "Write a benchmark of the small world, with the right results.")
     make.add_argument("folder", type=Path, metavar="DIR")
     make.add_argument("--scenes", type=whole, default=40, help="pictures (default: 40)")
-    make.add_argument("--turns", type=whole, help="instructions for each (default: 4; 16 for drift)")
+    make.add_argument(
+        "--turns", type=whole, help="instructions for each (default: 4; 16 for drift and nothing, 2 for undo, 1 else)"
+    )
     make.add_argument("--seed", type=int, default=0, help="other scenes (default: 0)")
-    make.add_argument("--kind", choices=("imie", "drift"), default="imie",
-                      help="imie: as IMIE-Bench, masks on some; drift: one object changed again and again")  # fmt: skip
+    make.add_argument("--kind", default="imie", choices=("imie", "drift", "twins", "night-here", "undo", "nothing"),
+                      help="imie: as IMIE-Bench, masks on some; drift: one object changed again and again; twins: "
+                           "equal objects, a mask on one; night-here: a look or ground in a part; undo: do and undo "
+                           "in words; nothing: empty instructions")  # fmt: skip
 
     check = command("check", run_check, "Validate a benchmark folder: every line, picture and mask.")
     check.add_argument("folder", type=Path, metavar="DIR")
 
-    take = command("import", run_import, "Bring EditBench, MagicBrush or PIE-Bench into the one form.")
-    take.add_argument("format", choices=("editbench", "magicbrush", "piebench"))
+    take = command("import", run_import, "Bring EditBench, MagicBrush, PIE-Bench or EdiVal into the one form.")
+    take.add_argument("format", choices=("editbench", "magicbrush", "piebench", "edival"))
     take.add_argument("source", type=Path, metavar="SOURCE")
     take.add_argument("folder", type=Path, metavar="DIR")
     take.add_argument("--polarity", choices=("white-is-edit", "black-is-edit"), help="of EditBench's masks: look first")
     take.add_argument("--masks", action="store_true", help="give the methods MagicBrush's or PIE-Bench's masks")
 
+    tune = command("tune", run_tune, "Choose each method's guidance or steps by one budget, on scenes of no table.")
+    tune.add_argument("out", type=Path, metavar="DIR", help="folder for the scenes, the run and tune.json")
+    tune.add_argument("--methods", default="emilie,ip2p,bld,diffedit:mask=given", metavar="A,B,...")
+    tune.add_argument("--setting", action="append", metavar="NAME=A,B,...",
+                      help="values to try; a method takes those that it has (default: text_scale=0.75,1,1.25,1.5 and "
+                           "guidance=1,2,3,5)")  # fmt: skip
+    tune.add_argument("--scenes", type=whole, default=24, help="single edits each (default: 24)")
+    add_model_options(tune)
+
     run = command("run", run_run, "Run methods over a benchmark; started again, it goes on where it was.")
     run.add_argument("folder", type=Path, metavar="DIR")
     run.add_argument("--methods", default="emilie,ip2p,concat", metavar="A,B,...",
-                     help="of emilie, ip2p, concat, pnp, diffedit, bld; with settings, as in emilie:gate=eq8; or a "
-                          "class of your own, as in mine.py:Mine (default: emilie,ip2p,concat)")  # fmt: skip
+                     help="of emilie, ip2p, concat, pnp, diffedit, bld, paste, lowpass, vae, untouched; with settings, "
+                          "as in emilie:gate=eq8; or a class of your own, as in mine.py:Mine (default: "
+                          "emilie,ip2p,concat)")  # fmt: skip
     run.add_argument("--seeds", default="0", metavar="0,1,...", help="of all noise (default: 0)")
     run.add_argument("--steps", type=whole, help="sampling steps of every method (default: each model's own)")
     run.add_argument(
@@ -116,6 +130,20 @@ def which_shard(text: str | None, environ: dict) -> tuple[int, int]:
     return int(i), int(n)
 
 
+def run_tune(args: argparse.Namespace) -> None:
+    from . import run, tune
+
+    settings = {}
+    for text in args.setting or ():
+        name, equals, values = text.partition("=")
+        if not equals or not names(values):
+            raise BenchError(f"--setting {printable(text, 60)}: give a name and values, as in guidance=1,2,3")
+        settings[name.strip()] = names(values)
+    models = run.Models(args.weights, None, args.config, args.device, args.dtype, args.tokenizer)
+    for line in tune.tune(args.out, names(args.methods), settings or tune.TRIED, args.scenes, models):
+        print(line)
+
+
 def run_report(args: argparse.Namespace) -> None:
     from . import report, run
 
@@ -144,7 +172,7 @@ def run_tally(args: argparse.Namespace) -> None:
 def run_import(args: argparse.Namespace) -> None:
     from . import readers
 
-    options = {"polarity": args.polarity} if args.format == "editbench" else {"masks": args.masks}
+    options = {"editbench": {"polarity": args.polarity}, "edival": {}}.get(args.format, {"masks": args.masks})
     print(f"wrote {args.folder}: {readers.import_(args.format, args.source, args.folder, **options)}")
 
 

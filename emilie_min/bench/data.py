@@ -15,12 +15,15 @@ One item, which stands on one line of bench.jsonl, in UTF-8; only "id", "image",
          "mask": "masks/0001_1.png",                 given to the methods: white = edit here, black = keep
          "region": "regions/0001_1.png",             never given to them: white where the right result may differ
                                                      from the picture before
+         "within": false,                            true: "truth" is what the region shall show, and outside it the
+                                                     picture before is right
          "caption": "a blue circle on sand",         what the right result shows
          "target": "targets/0001_1.png",             the right result, where there is one
          "truth": null}]}                            the right result as a scene of the small world
 
 Paths are relative to DIR, with "/", and stay inside it. Masks and regions have their picture's size. An edit with
-neither is about the whole picture. Any other key is an error.
+neither is about the whole picture. An instruction may be "" where the item's meta has {"asks": "nothing"}. Any other
+key is an error.
 """
 
 import json
@@ -38,18 +41,20 @@ from PIL import Image
 
 from ..errors import BenchError, EmilieError, printable
 from ..toy import world
-from .io import fault, quote
+from .io import Blank, fault, quote
 
 FILE = "bench.jsonl"
 MOST = 20  # lines with a fault that are named in one error
 PICTURES = ("image", "mask", "region", "target")
 TURN = {
-    "instruction": str, "mask?": str, "caption?": str, "region?": str, "target?": str, "truth?": dict
+    "instruction": str, "mask?": str, "caption?": str, "region?": str, "target?": str, "truth?": dict, "within?": bool
 }  # fmt: skip
 ITEM = {"id": str, "image": str, "turns": [TURN], "caption?": str, "truth?": dict, "meta?": dict}
+IDLE = ITEM | {"turns": [TURN | {"instruction": Blank}]}  # of items that ask for nothing
 ID = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.-]+")  # a file name everywhere
 
-KINDS = {"imie": 4, "drift": 16}  # of benchmark to `make`, and their turns
+# of benchmark to `make`, and their turns
+KINDS = {"imie": 4, "drift": 16, "twins": 1, "night-here": 1, "undo": 2, "nothing": 16}
 FIRST = 2 * 10**6  # the first scene's seed: training begins at 10**9, `toy-eval` at 10**6 and uses some hundreds
 SCENES = 10**4  # at most, so that no two seeds share a scene
 
@@ -66,6 +71,7 @@ class Turn:
     region: Picture | None = None
     target: Picture | None = None
     truth: world.Scene | None = None
+    within: bool = False  # the truth is the region's alone
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,9 @@ def _item(line: str, folder: Path) -> Item:
     except (ValueError, RecursionError) as error:
         why = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
         raise ValueError(f"not valid JSON ({why}): one item stands on one line") from None
-    if found := fault(record, ITEM):
+    meta = record.get("meta") if isinstance(record, dict) else None
+    idle = isinstance(meta, dict) and meta.get("asks") == "nothing"
+    if found := fault(record, IDLE if idle else ITEM):
         raise ValueError(found)
     if not ID.fullmatch(record["id"]):
         raise ValueError(f"id must be of letters, digits, _, - and ., not {quote(record['id'])}")
@@ -262,7 +270,7 @@ def _record(item: Item, folder: Path) -> dict:
                 value = value.to_dict()
             elif key == "turns":
                 value = [fields(turn, f"{item.id}_{i}") for i, turn in enumerate(value, 1)]
-            if value is not None:
+            if value is not None and value is not False:
                 record[key] = value
         return record
 
@@ -287,19 +295,25 @@ def make(folder: str | Path, scenes: int = 40, turns: int | None = None, seed: i
     """Write a benchmark of the small world whose right results are known; returns `check`'s line.
 
     kind: "imie", as IMIE-Bench: chains of 4 (`turns`) of all kinds of edits, about half of the local ones with a mask.
-    "drift", for Fig. 2: chains of 16 that change one object and change it back again, without masks; outside that
-    object's place every right result is the first picture. seed: other seeds have other scenes, none of which training
-    saw. The same call writes the same bytes. Raises BenchError.
+    "drift": chains of 16 that change one object and change it back again, without masks; outside that object's place
+    every right result is the first picture. "twins": one of two equal objects is to change, and only the mask says
+    which. "night-here": a look or ground in a half or quarter of the picture, by a mask. "undo": an edit and, in words,
+    its undoing ("make the circle blue", "make the circle red"), without masks; after every second turn the first
+    picture is right. "nothing", for Fig. 2: 16 turns of "", after each of which the first picture is right.
+
+    seed: other seeds have other scenes, none of which training saw. The same call writes the same bytes. Raises
+    BenchError.
     """
     if kind not in KINDS:
         raise BenchError(f"no kind of benchmark {kind!r}: choose from {', '.join(KINDS)}")
     turns = KINDS[kind] if turns is None else turns
     if not 1 <= scenes <= SCENES or turns < 1:
         raise BenchError(f"a benchmark has 1 to {SCENES} scenes and 1 turn or more, not {scenes} and {turns}")
+    if kind == "night-here" and turns > 1:
+        raise BenchError("night-here has one turn: after it the picture is none of the world's scenes")
     if not 0 <= seed < (10**9 - FIRST) // SCENES:
         raise BenchError(f"seed must be from 0 to {(10**9 - FIRST) // SCENES - 1}, not {seed}")
-    chain = _imie if kind == "imie" else _drift
-    return write(folder, (chain(i, FIRST + seed * SCENES + i, turns) for i in range(scenes)))
+    return write(folder, (MAKERS[kind](i, FIRST + seed * SCENES + i, turns) for i in range(scenes)))
 
 
 def _imie(i: int, seed: int, turns: int) -> Item:
@@ -332,6 +346,61 @@ def _drift(i: int, seed: int, turns: int) -> Item:
         kinds.append(kind)
         edits.append(Turn(text, None, world.caption(now), world.mask(place), truth=now))
     return _world_item(i, seed, first, edits, kinds=kinds, place=place)
+
+
+def _twins(i: int, seed: int, turns: int) -> Item:
+    """A scene with two equal objects, one of which is to change; every turn has its mask."""
+    first = now = world.twins(seed)
+    edits, kinds = [], []
+    for turn in range(turns):
+        can = [kind for kind in ("recolour", "shape", "remove") if kind in world.possible(now)]
+        kinds.append(can[(i + turn) % len(can)])
+        text, now, place = world.instruct(now, f"{seed} {turn}", kinds[-1])
+        edits.append(Turn(text, place, world.caption(now), place, truth=now))
+    return _world_item(i, seed, first, edits, kinds=kinds)
+
+
+def _night_here(i: int, seed: int, turns: int) -> Item:
+    """A look or a ground, in turn, in one half or quarter of the picture; the truth is of that part alone."""
+    first = world.scene(seed)
+    kind, half = ("style", "background")[i % 2], world.SIZE // 2
+    text, now, _ = world.instruct(first, f"{seed} 0", kind)
+    top, left, height, width = [
+        (0, 0, 2, 1), (0, 1, 2, 1), (0, 0, 1, 2), (1, 0, 1, 2), (0, 0, 1, 1), (0, 1, 1, 1), (1, 0, 1, 1), (1, 1, 1, 1)
+    ][i // 2 % 8]  # fmt: skip
+    part = Image.new("L", (world.SIZE, world.SIZE))
+    part.paste(255, (half * left, half * top, half * (left + width), half * (top + height)))
+    target = Image.composite(world.render(now), world.render(first), part)
+    edit = Turn(text, part, world.caption(now), part, target, now, within=True)
+    return _world_item(i, seed, first, [edit], kinds=[kind])
+
+
+def _undo(i: int, seed: int, turns: int) -> Item:
+    """An edit of the i-th kind that words can undo, and its undoing, again and again."""
+    first = now = world.scene(seed)
+    undone = {"recolour": "recolour", "add": "remove", "shape": "shape", "background": "background", "style": "style"}
+    kind = list(undone)[i % len(undone)]
+    edits, kinds = [], []
+    for turn in range(turns):
+        kinds.append(undone[kind] if turn % 2 else kind)
+        for attempt in count():  # any change may be drawn
+            text, after, where = world.instruct(now, f"{seed} {turn} {attempt}", kinds[-1])
+            if after == first or turn % 2 == 0:
+                break
+        now = after
+        edits.append(Turn(text, None, world.caption(now), where, truth=now))
+    return _world_item(i, seed, first, edits, kinds=kinds)
+
+
+def _nothing(i: int, seed: int, turns: int) -> Item:
+    """Nothing is asked for, again and again."""
+    scene = world.scene(seed)
+    return _world_item(i, seed, scene, turns * [Turn("", caption=world.caption(scene), truth=scene)], asks="nothing")
+
+
+MAKERS = {
+    "imie": _imie, "drift": _drift, "twins": _twins, "night-here": _night_here, "undo": _undo, "nothing": _nothing
+}  # fmt: skip
 
 
 def _world_item(i: int, seed: int, scene: world.Scene, turns: list[Turn], **meta) -> Item:

@@ -11,6 +11,12 @@ from PIL import Image
 from ..errors import BenchError, first_line, printable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # PIL hands others, such as EPS, to further programs
+
+
+class Blank(str):
+    """As a shape: a text that may be blank."""
+
+
 WORDS = {
     str: "a text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null", dict: "an object"
 }  # fmt: skip
@@ -45,8 +51,9 @@ def fault(value: object, shape: Shape, at: str = "") -> str | None:
     field and maybe the second, unless it is null, or further ones; {...: shape}, an object of any names. No text that
     is asked for is blank, and no list or object of any names empty.
     """
-    where = at or "it"
-    if isinstance(shape, (dict, list)) and value in ({}, []) or isinstance(value, str) and not value.strip():
+    where, blank = at or "it", shape is Blank
+    shape = str if blank else shape
+    if isinstance(shape, (dict, list)) and value in ({}, []) or isinstance(value, str) and not (blank or value.strip()):
         return f"{where} is empty"
     if isinstance(shape, dict) and isinstance(value, dict):
         for name in value if ... in shape else shape:

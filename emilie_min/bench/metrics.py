@@ -45,8 +45,12 @@ METRICS = {
     "kept": Metric("kept", "share", "higher", "all else is as it should be by now, earlier turns' faults included"),
     "retained": Metric("edits shown", "share", "higher", "of all changes so far that still stand, those that show"),
     "lost": Metric("edits lost", "share", "lower", "of earlier changes that showed before this turn, those now gone"),
+    "misplaced": Metric("position", "share", "lower", "wrong only in that a thing is more than 2 px off its position"),
+    "wrong_thing": Metric("wrong thing", "share", "lower", "wrong in a colour, a shape, the background or the style"),
+    "unclean": Metric("unclean", "share", "lower", "wrong only in how cleanly it is drawn, but for positions"),
     "psnr_target": Metric("PSNR to target", "dB", "higher", "against the right picture, everywhere"),
     "l1_target": Metric("L1 to target", "grey levels", "lower", "against the right picture, everywhere"),
+    "psnr_inside": Metric("PSNR inside", "dB", "higher", "against the right picture, inside the turn's region"),
     "psnr_outside": Metric("PSNR outside", "dB", "higher", "against the picture before, outside the turn's region"),
     "ssim_outside": Metric("SSIM outside", "", "higher", "against the picture before, outside the turn's region"),
     "l1_outside": Metric("L1 outside", "grey levels", "lower", "against the picture before, outside the turn's region"),
@@ -188,6 +192,37 @@ def world_verdict(image: Picture | None, truths: Sequence[world.Scene], before: 
         "retained": _share([change <= shown for change in changes]),
         "lost": _share([not change <= shown for change in showed]),
     }
+
+
+def blame(*verdicts: judge.Verdict | None) -> dict[str, bool]:
+    """The worst fault of a wrong picture by the judge's reading, one of three or, of a right one, none.
+
+    "wrong_thing": a colour, shape, background or style, or no picture at all; else "misplaced": a thing is out of
+    position; else "unclean": all is there and badly drawn.
+    """
+    faults = [fault for v in verdicts if v for fault in v.why.split("; ") if fault]
+    misplaced = any(fault.endswith("out of position") for fault in faults)
+    wrong = None in verdicts or any(", not " in fault for fault in faults)
+    return {
+        "misplaced": misplaced and not wrong,
+        "wrong_thing": wrong,
+        "unclean": bool(faults) and not wrong and not misplaced,
+    }
+
+
+def part_verdict(image: Picture | None, truth: world.Scene, before: world.Scene, region: np.ndarray) -> dict:
+    """`world_verdict`'s correct, edited and kept, and `blame`, of an edit of a part: bool (64, 64), True inside.
+
+    edited: what is inside, with the truth around it, is judged right; kept: likewise what is outside, and the scene
+    before. correct: both.
+    """
+    if image is None:
+        return dict.fromkeys(("correct", "edited", "kept"), False) | blame(None)
+    pixels, inside = np.asarray(_rgb(image)), region[..., None]
+    edited = judge.judge(np.where(inside, pixels, world.pixels(truth)), truth)
+    kept = judge.judge(np.where(inside, world.pixels(before), pixels), before)
+    right = {"correct": edited.correct and kept.correct, "edited": edited.correct, "kept": kept.correct}
+    return right | blame(edited, kept)
 
 
 # ---- scores by pretrained networks, each loaded when its scorer is made
@@ -390,13 +425,19 @@ def measure_turn(edit: Edit, scorers: Scorers = NO_SCORERS) -> dict[str, float |
     truths = [edit.truth, *(t.truth for t in edit.turns)]
     captions = [edit.caption, *(t.caption for t in edit.turns)][-2:]
     regions = [t.mask if t.region is None else t.region for t in edit.turns]
-    out = {} if None in truths else world_verdict(after, truths, before)
     target = world.render(truths[-1]) if turn.target is None and None not in truths else turn.target
     shape = _rgb(first).size[::-1]
     region, ever = _union(regions[-1:], shape), _union(regions, shape)
+    if None in truths:
+        out = {}
+    elif turn.within:
+        out = part_verdict(after, *truths[:-3:-1], region)
+    else:
+        out = world_verdict(after, truths, before) | blame(None if after is None else judge.judge(after, truths[-1]))
     measures = {
         "psnr_target": lambda: psnr(target, after),
         "l1_target": lambda: l1(target, after),
+        "psnr_inside": lambda: psnr(target, after, ~region),
         "psnr_outside": lambda: psnr(before, after, region),
         "ssim_outside": lambda: ssim(before, after, region),
         "l1_outside": lambda: l1(before, after, region),
@@ -408,7 +449,7 @@ def measure_turn(edit: Edit, scorers: Scorers = NO_SCORERS) -> dict[str, float |
         "direction": lambda: clip.direction_similarity(before, after, *captions) if all(captions) else None,
         "clip_image": lambda: clip.image_similarity(before, after),
     }
-    needs = {"target": target, "lpips": lpips, "clip": clip, "direction": clip, "blip": blip}
+    needs = {"target": target, "inside": target, "lpips": lpips, "clip": clip, "direction": clip, "blip": blip}
     for key, measure in measures.items():
         if all(value is not None for part, value in needs.items() if part in key):
             out[key] = None if after is None else measure()
@@ -430,18 +471,41 @@ class Interval(NamedTuple):
         return above if self.low > 0 else below if self.high < 0 else "ties"
 
 
-def bootstrap(values_by_item: Values, n: int = 10_000, seed: int = 0) -> Interval:
-    """The mean over items of each item's mean, and its percentile interval from `n` resamplings of the items.
+def bootstrap(values_by_item: Values, n: int = 10_000, seed: int = 0, seeds: int = 1) -> Interval:
+    """The mean over items of each item's mean, and its percentile interval from `n` resamplings of items and seeds.
 
-    Values of one item are not independent, so an item is drawn whole or not at all. Missing values are left out of
-    their item's mean, an item without any out of the whole: where a failure must count, give it a value.
+    seeds: how many an item's values are of, seed by seed; each resampling draws items and, for all of them, seeds, both
+    with replacement (the pigeonhole bootstrap of Owen 2007, which errs to the wide side where seeds do not matter).
+    Values of one item and seed are not independent, so they are drawn together. Missing values are left out of their
+    item's mean, an item without any out of the whole: where a failure must count, give it a value.
     """
     rows = [np.array([np.nan if v is None else v for v in values], float) for values in values_by_item.values()]
     missing = sum(int(np.isnan(row).sum()) for row in rows)
-    means = np.array([np.nanmean(row) for row in rows if not np.isnan(row).all()])
+    rows = [row.reshape(seeds, -1) for row in rows if not np.isnan(row).all()]
+    means = np.array([np.nanmean(row) for row in rows])
     if len(means) < 2:
         return Interval(float(means.mean()) if len(means) else np.nan, np.nan, np.nan, len(means), missing)
-    return Interval(float(means.mean()), *percentiles(np.mean, means, n=n, seed=seed), len(means), missing)
+    if seeds == 1:
+        return Interval(float(means.mean()), *percentiles(np.mean, means, n=n, seed=seed), len(means), missing)
+    sums = np.array([np.nansum(row, 1) for row in rows])  # (items, seeds)
+    counts = np.array([(~np.isnan(row)).sum(1) for row in rows])
+    drawn = resampled(sums, counts, n, np.random.default_rng(seed))
+    return Interval(float(means.mean()), *map(float, np.nanpercentile(drawn, (2.5, 97.5))), len(means), missing)
+
+
+def resampled(sums: np.ndarray, counts: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """`bootstrap`'s mean in `n` resamplings, (n,), of the sums and counts of each item's and seed's values.
+
+    NaN where none of the items drawn has a value under the seeds drawn.
+    """
+    items, seeds = sums.shape
+    times = rng.multinomial(seeds, np.full(seeds, 1 / seeds), n)  # how often each is drawn, (n, seeds)
+    weights = rng.multinomial(items, np.full(items, 1 / items), n)
+    of = times @ counts.T  # values, (n, items)
+    means = np.divide(times @ sums.T, of, out=np.zeros(of.shape), where=of > 0)
+    weights = weights * (of > 0)
+    total = weights.sum(1)
+    return np.divide((weights * means).sum(1), total, out=np.full(n, np.nan), where=total > 0)
 
 
 def percentiles(statistic: Callable, *samples: np.ndarray, n: int = 10_000, seed: int = 0) -> tuple[float, float]:
@@ -453,7 +517,7 @@ def percentiles(statistic: Callable, *samples: np.ndarray, n: int = 10_000, seed
     return float(found.low), float(found.high)
 
 
-def paired_bootstrap(a_by_item: Values, b_by_item: Values, n: int = 10_000, seed: int = 0) -> Interval:
+def paired_bootstrap(a_by_item: Values, b_by_item: Values, n: int = 10_000, seed: int = 0, seeds: int = 1) -> Interval:
     """`bootstrap` of a - b, value by value (same item, seed and turn); a pair is missing where either value is.
 
     Raises BenchError where the two do not hold the same items with as many values.
@@ -461,6 +525,5 @@ def paired_bootstrap(a_by_item: Values, b_by_item: Values, n: int = 10_000, seed
     if {k: len(v) for k, v in a_by_item.items()} != {k: len(v) for k, v in b_by_item.items()}:
         raise BenchError("two methods can be compared only over the same items, seeds and turns")
     pairs = {item: zip(values, b_by_item[item]) for item, values in a_by_item.items()}
-    return bootstrap(
-        {k: [None if None in p else float(p[0]) - float(p[1]) for p in v] for k, v in pairs.items()}, n, seed
-    )
+    apart = {k: [None if None in p else float(p[0]) - float(p[1]) for p in v] for k, v in pairs.items()}
+    return bootstrap(apart, n, seed, seeds)

@@ -4,6 +4,7 @@ Each reader says what of the layout is documented and what is inferred. None was
 are not on this machine: where a layout is other than described, the readers say so and guess nothing.
 """
 
+import ast
 import csv
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from PIL import Image, ImageOps
 from ..errors import BenchError, printable
 from . import data
 from .data import Item, Turn, file_in
-from .io import open_picture, quote, read_json
+from .io import fault, open_picture, quote, read_json
 
 PARTS = ("natural", "generated")
 PROMPTS = ("mask-simple", "mask-rich", "full")
@@ -149,7 +150,38 @@ def read_piebench(source: str | Path, masks: bool = False) -> Iterator[Item]:
         yield Item(_id(key), picture, (turn,), before, meta=meta)
 
 
-FORMATS = {"editbench": read_editbench, "magicbrush": read_magicbrush, "piebench": read_piebench}
+def read_edival(source: str | Path) -> Iterator[Item]:
+    """EdiVal-Bench (Chen et al. 2025): 572 pictures of 512x512 px, three instructions in turn on each, no masks.
+
+    Documented by the generating script of its authors (EdiVal-Agent): oai_instruction_generation_output.csv with the
+    columns image_index, turns and instructions, this one a list as Python writes it; only rows of 3 turns count; the
+    pictures of input_images_resize_512.zip are N_input_raw.jpg or .png. Here the archive is unpacked beside the table,
+    into input_images_resize_512/ or into the folder itself. Raises BenchError.
+    """
+    source = Path(source)
+    table = source / "oai_instruction_generation_output.csv"
+    folders, endings = ("input_images_resize_512/", ""), ("jpg", "png")
+    names = [f"{folder}{{}}_input_raw.{ending}" for folder in folders for ending in endings]
+    for line, row in _rows(table, ("image_index", "turns", "instructions")):
+        if row["turns"].strip() not in ("3", "3.0"):
+            continue
+        with located(f"{table}:{line}"):
+            index = row["image_index"].strip()
+            try:
+                texts = ast.literal_eval(row["instructions"].strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                texts = None
+            if fault(texts, [str]) or len(texts) != 3:
+                raise ValueError("instructions must be a list of 3 texts, as Python writes it")
+            found = [name.format(index) for name in names if (source / name.format(index)).is_file()]
+            picture = file_in(source, found[0] if found else names[0].format(index))
+        turns = tuple(Turn(text.strip()) for text in texts)
+        yield Item(_id(index), picture, turns, meta={"from": "EdiVal", "image_index": index})
+
+
+FORMATS = {
+    "editbench": read_editbench, "magicbrush": read_magicbrush, "piebench": read_piebench, "edival": read_edival
+}  # fmt: skip
 
 
 @contextmanager

@@ -39,7 +39,8 @@ CHAIN = Metric("whole chain correct", "share", "higher", "every picture of the c
 KNOWN = {"chain": CHAIN} | METRICS  # "chain" of turn k: all pictures up to k are right
 TABLES = {  # title: metrics
     "Right or wrong": ("chain", "correct", "edited", "kept", "retained", "lost"),
-    "Pixels": tuple(name for name in METRICS if name.endswith(("_target", "_outside", "_first"))),
+    "What is wrong": ("misplaced", "wrong_thing", "unclean"),
+    "Pixels": tuple(name for name in METRICS if name.endswith(("_target", "_inside", "_outside", "_first"))),
     "CLIP and BLIP": ("clip", "blip", "direction", "clip_image"),
 }
 CURVES = {"turns": ("correct", "chain"), "drift": ("psnr_first", "l1_first", "psnr_target", "psnr_outside")}  # Fig. 2
@@ -160,7 +161,7 @@ def _measured(run: Run, row: Row, names: dict, scorers: Callable[[], metrics.Sco
     before, after, first = folder / f"{row.turn - 1}.png", row.result and row.result.image, folder / "0.png"
     before = before if before.exists() else None  # the chain ended earlier
     files = [before, after, first, item.image, turns[-1].target, *(t.region or t.mask for t in turns)]
-    asked = [names, item.caption, item.truth, [(t.instruction, t.caption, t.truth) for t in turns]]
+    asked = [names, item.caption, item.truth, [(t.instruction, t.caption, t.truth, t.within) for t in turns]]
     key = hashlib.sha256(repr(asked).encode())
     for path in (*files, Path(metrics.__file__), Path(judge.__file__)):
         key.update(hashlib.sha256(path.read_bytes()).digest() if path and path.exists() else b"none")
@@ -216,10 +217,10 @@ class Results:
         return out
 
     def _interval(self, method: str, metric: str, turn: int | None = None) -> Interval:
-        return metrics.bootstrap(self.values(method, metric, turn))
+        return metrics.bootstrap(self.values(method, metric, turn), seeds=len(self.seeds))
 
     def _difference(self, a: str, b: str, metric: str) -> Interval:
-        return metrics.paired_bootstrap(self.values(a, metric), self.values(b, metric))
+        return metrics.paired_bootstrap(self.values(a, metric), self.values(b, metric), seeds=len(self.seeds))
 
     def best(self, metric: str) -> str | None:
         """The method that beats every other in a metric, each by a paired interval without 0."""
@@ -292,7 +293,8 @@ def how_good(results: Results) -> Section:
             parts.append(Table(title, ("method", *map(heading, here)), rows, explained(here)))
     text = (
         "Each number is the mean over items of an item's mean over seeds and turns, with its 95% interval from a "
-        "bootstrap over items. Bold: better than every other method, each by a paired interval that leaves out 0. "
+        "bootstrap over items and seeds. Bold: better than every other method, each by a paired interval that leaves "
+        "out 0. "
         f"Identical pictures count as {metrics.PSNR_CAP:.0f} dB."
     )
     return Section("Results", text, parts)

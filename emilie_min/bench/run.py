@@ -8,7 +8,9 @@
                               /1.json         seconds, notes, error; written last: with it the turn is finished
 
 A chain (one method, seed and item) depends on nothing but its inputs, so how chains are split over processes changes
-no picture. An edit that fails ends its chain and is tried again when the run is started again.
+no picture. Its noise follows from the seed and the item (`noise_seed`) and is the same for all methods: items are
+independent of each other, and two methods differ by nothing but the method. An edit that fails ends its chain and is
+tried again when the run is started again.
 """
 
 import hashlib
@@ -36,6 +38,7 @@ INFO = {  # run.json
     "seeds": [int],
     "models": {...: {"name": str, "sha256": str | None}},
     "versions": {...: str},
+    "noise?": str,  # what it is keyed by; absent: by the seed alone, as earlier versions had it
     "continued_with?": [{...: str}],  # other versions, if any
     "device": str,
     "dtype": str,
@@ -46,6 +49,11 @@ TURN = {"seconds": int | float, "notes": dict, "error": str | None}  # 1.json, .
 def slug(spec: str) -> str:
     """A method's name as a folder's; of a method from a file the file's name, without its folders."""
     return re.sub(r"[^A-Za-z0-9.=-]", "_", re.sub(r"^.*/(?=[^/]*\.py:)", "", spec))
+
+
+def noise_seed(seed: int, item: str) -> int:
+    """The seed of a chain's noise, 63 bits: SHA-256 of the run's seed and the item's id."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {item}".encode()).digest()[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,7 @@ def run(
         "methods": {spec: _settings(method) for spec, method in built.items()},
         "seeds": sorted(set(seeds)),
         "models": about,
+        "noise": "seed and item",
         "versions": _versions(),
         "device": editor.device.type,
         "dtype": str(editor.dtype).removeprefix("torch."),
@@ -210,9 +219,9 @@ def _record(out: Path, info: dict) -> dict:
             for name in old[part].keys() & info[part].keys():
                 if info[part][name] | old[part][name] != info[part][name]:
                     raise BenchError(f"{out} was run with other {part} ({name}): choose another --out")
-        for key in ("bench_sha256", "device", "dtype"):
-            if old[key] != info[key]:
-                raise BenchError(f"{out} was run with another {key} ({quote(old[key])}): choose another --out")
+        for key in ("bench_sha256", "device", "dtype", "noise"):
+            if old.get(key) != info[key]:
+                raise BenchError(f"{out} was run with another {key} ({quote(old.get(key))}): choose another --out")
         versions = [old["versions"], *old.get("continued_with", []), info["versions"]]
         later = [v for i, v in enumerate(versions) if v not in versions[:i]][1:]
         info = old | {
@@ -252,14 +261,14 @@ def _chain(run: Run, spec: str, method, seed: int, item: data.Item, bar) -> int:
     bar.update(finished)
     if finished == len(results):
         return finished
-    chain = method.open(item.image, seed)
+    chain = method.open(item.image, noise_seed(seed, item.id))
     requests, before, size = [], item.caption, chain.original.size
     for turn in item.turns:
         mask = None if turn.mask is None else images.read_mask(turn.mask, size, size)
         requests.append(Request(turn.instruction, mask, turn.caption, before))
         before = turn.caption
     if finished:
-        chain = _resume(chain, folder, finished, tuple(requests[:finished]))
+        chain = _resume(chain, folder, finished, tuple(requests[:finished]), results[finished - 1].notes)
     else:
         _save_image(chain.image, folder / "0.png")
     for i, request in enumerate(requests[finished:], finished + 1):
@@ -286,7 +295,7 @@ def _chain(run: Run, spec: str, method, seed: int, item: data.Item, bar) -> int:
     return len(requests)
 
 
-def _resume(chain, folder: Path, turn: int, requests: tuple):
+def _resume(chain, folder: Path, turn: int, requests: tuple, notes: dict):
     """The chain as it stood after a turn that is on disk."""
     from safetensors.torch import load_file
 
@@ -296,6 +305,7 @@ def _resume(chain, folder: Path, turn: int, requests: tuple):
         image=open_picture(folder / f"{turn}.png").convert("RGB"),
         latent=load_file(latent)["latent"] if latent.is_file() else None,
         requests=requests,
+        notes=notes,
         mask=open_picture(mask).convert("L") if mask.is_file() else None,
     )
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from ..errors import BenchError
 from .base import Chain, Method, Request
 from .bld import BlendedLatentDiffusion
+from .controls import Autoencoder, Untouched
 from .diffedit import DiffEdit
 from .instruct import Concatenated, Emilie, IterativeInstructPix2Pix
 from .pnp import PlugAndPlay
+from .remedies import LowPass, PasteBack
 
 __all__ = ["METHODS", "Chain", "Method", "Request", "parse"]
 
@@ -28,6 +30,10 @@ METHODS: dict[str, type[Method]] = {
     "pnp": PlugAndPlay,
     "diffedit": DiffEdit,
     "bld": BlendedLatentDiffusion,
+    "paste": PasteBack,
+    "lowpass": LowPass,
+    "vae": Autoencoder,
+    "untouched": Untouched,
 }
 
 

@@ -28,8 +28,12 @@ def differing(difference: Tensor, clamp: float, threshold: float) -> Tensor:
 class DiffEdit(TextToImage):
     """A mask from the texts, or the request's; the picture inverted part of the way and led back with the new text.
 
-    mask: "own" finds it, "given" takes the request's and finds one where it has none; which is in the notes as
-    `mask`, with `mask_share`, the share of the latent inside. EMILIE does not say which it compared with.
+    mask: "own", as the paper has it, finds it, whatever the request has; "given" takes the request's, and where it has
+    none edits everywhere. Which is in the notes as `mask`, with `mask_share`, the share of the latent inside. EMILIE
+    does not say which it compared with. "given" is the fair one beside methods that get the same masks: a request
+    without mask may be about the whole picture, Blended Latent Diffusion and EMILIE then edit all of it, and a mask of
+    its own, clamped at 3 times its mean and cut at half of that, can never cover two thirds.
+    steps: 50, as in the paper, whatever the model's own are: inversion errs more the longer its steps are.
     The own mask: with `maps` noises at `map_strength` of the way up, the mean |eps(text) - eps(before)| over noises
     and channels, clamped at `clamp` times the mean, then cut at `threshold`. `Request.before` is the other text, ""
     if unknown or if the prompt is an instruction, which it could not be compared with. Guidance would multiply all
@@ -42,6 +46,7 @@ class DiffEdit(TextToImage):
     source's latent, to the bit; the inversion has no guidance, with which it drifts.
     """
 
+    steps: int | None = 50
     mask: str = "own"
     maps: int = 10
     map_strength: float = 0.5
@@ -64,13 +69,16 @@ class DiffEdit(TextToImage):
 
     def run(self, work: Work) -> Tensor:
         levels = ddim.levels(self.steps, len(work.alphas))
-        mask = work.given_mask() if self.mask == "given" else None
-        found = mask is None
-        if found:
+        if self.mask == "given":
+            mask, found = work.given_mask(), "given"
+            if mask is None:
+                mask, found = torch.ones_like(work.source[:, :1]), "everywhere"
+        else:
+            found = "own"
             mask = self.find_mask(work, levels[ddim.share(self.map_strength, self.steps)])
             cells = (255 * mask[0, 0]).byte().cpu().numpy()
             work.mask = Image.fromarray(np.kron(cells, np.ones((work.editor.vae.factor,) * 2, np.uint8)))
-        work.notes = {"mask": "own" if found else "given", "mask_share": mask.mean().item()}
+        work.notes = {"mask": found, "mask_share": mask.mean().item()}
 
         levels = levels[: ddim.share(self.encode, self.steps) + 1]
         inverted = dict(zip(levels, ddim.invert(work.eps(""), work.source, levels, work.alphas)))

@@ -66,6 +66,7 @@ class Emilie(Method):
             guidance_interval=self.guidance_interval,
             reuse=self.reuse,
             reuse_guidance=self.reuse_guidance,
+            allow_empty=not request.instruction,  # a benchmark's items that ask for nothing
         )
         state = canvas.state
         return replace(

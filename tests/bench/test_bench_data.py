@@ -376,12 +376,13 @@ def test_drift_changes_one_object_and_back_and_nothing_else_for_sixteen_turns(tm
 
 @pytest.mark.parametrize("kind", data.KINDS)
 def test_the_same_call_writes_the_same_bytes(kind, tmp_path):
-    for name, call in {"here": (2, None, 1), "again": (2, None, 1), "more": (3, data.KINDS[kind] + 1, 1)}.items():
+    more = data.KINDS[kind] + (kind != "night-here")
+    for name, call in {"here": (2, None, 1), "again": (2, None, 1), "more": (3, more, 1)}.items():
         data.make(tmp_path / name, *call, kind)
     here = contents(tmp_path / "here")
-    assert here == contents(tmp_path / "again") and len(here) > 4
+    assert here == contents(tmp_path / "again") and len(here) > 2
     for item, more in zip(data.read(tmp_path / "here"), data.read(tmp_path / "more")):  # a longer one begins the same
-        assert [t.instruction for t in more.turns[:-1]] == [t.instruction for t in item.turns]
+        assert [t.instruction for t in more.turns][: len(item.turns)] == [t.instruction for t in item.turns]
     data.make(tmp_path / "other", 2, seed=2, kind=kind)
     assert here["images/0001.png"] != (tmp_path / "other/images/0001.png").read_bytes()
 
@@ -682,3 +683,92 @@ def test_piebench_faults(tmp_path, piebench):
         readers.import_, "piebench", tmp_path / "pie", tmp_path / "out"
     )
     assert not (tmp_path / "out").exists()
+
+
+# ---- the further kinds of the small world
+
+
+def made(tmp_path, kind, scenes=10, **more):
+    data.make(tmp_path / kind, scenes=scenes, kind=kind, **more)
+    return data.read(tmp_path / kind)
+
+
+def test_twins_are_told_apart_by_the_mask_alone(tmp_path):
+    for item in made(tmp_path, "twins"):
+        (turn,) = item.turns
+        names = [(o.shape, o.colour) for o in item.truth.objects]
+        twin = next(name for name in names if names.count(name) == 2)
+        assert twin[0] in turn.instruction and turn.mask is not None
+        changed = set(item.truth.objects) ^ set(turn.truth.objects)
+        place = {o.place for o in changed}
+        assert len(place) == 1 and twin in {(o.shape, o.colour) for o in changed}
+        assert Image.open(turn.mask).tobytes() == world.mask(place.pop()).tobytes()
+
+
+def test_night_here_is_right_where_the_mask_is_and_the_picture_before_elsewhere(tmp_path):
+    shares = set()
+    for item in made(tmp_path, "night-here", scenes=16):
+        (turn,) = item.turns
+        part = np.asarray(Image.open(turn.mask)) > 0
+        pictures = Image.open(turn.target), world.render(turn.truth), Image.open(item.image)
+        target, after, before = map(np.asarray, pictures)
+        assert turn.within and (target[part] == after[part]).all() and (target[~part] == before[~part]).all()
+        shares.add(part.mean())
+    assert shares == {0.25, 0.5}
+    with pytest.raises(BenchError, match="one turn"):
+        data.make(tmp_path / "two", kind="night-here", turns=2)
+
+
+def test_undo_comes_back_to_the_first_scene_in_words(tmp_path):
+    for item in made(tmp_path, "undo", turns=4):
+        assert [turn.truth == item.truth for turn in item.turns] == [False, True, False, True]
+        assert all(turn.mask is None for turn in item.turns)
+    assert {item.meta["kinds"][0] for item in data.read(tmp_path / "undo")} == {*world.KINDS} - {"remove"}
+
+
+def test_nothing_is_asked_for_only_where_the_item_says_so(tmp_path):
+    items = made(tmp_path, "nothing", scenes=2, turns=3)
+    assert [turn.instruction for turn in items[0].turns] == ["", "", ""] and items[0].turns[2].truth == items[0].truth
+    path = tmp_path / "nothing" / "bench.jsonl"
+    path.write_text(path.read_text().replace('"asks": "nothing"', '"asks": "little"'))
+    with pytest.raises(BenchError, match="instruction is empty"):
+        data.read(tmp_path / "nothing")
+
+
+# ---- EdiVal
+
+
+@pytest.fixture
+def edival(tmp_path):
+    source = tmp_path / "edival"
+    (source / "input_images_resize_512").mkdir(parents=True)
+    for name in ("7_input_raw.jpg", "9_input_raw.png"):
+        Image.new("RGB", (512, 512), "teal").save(source / "input_images_resize_512" / name)
+    rows = [
+        "image_index,turns,instructions",
+        "7,3,\"['Add a cat, white', \"\"Remove 'it'\"\", 'Make it night']\"",
+        "7,1,['Add a cat']",
+        "9,3,\"['a', 'b', 'c']\"",
+    ]
+    (source / "oai_instruction_generation_output.csv").write_text("\n".join(rows) + "\n")
+    return source
+
+
+def test_edival_s_rows_of_three_turns(edival, tmp_path):
+    assert readers.import_("edival", edival, tmp_path / "out") == "2 items, 6 turns, 0 with a mask, 0 with a truth"
+    first, second = data.read(tmp_path / "out")
+    assert (first.id, second.id) == ("7", "9") and Image.open(first.image).size == (512, 512)
+    assert [turn.instruction for turn in first.turns] == ["Add a cat, white", "Remove 'it'", "Make it night"]
+
+
+@pytest.mark.parametrize(
+    "old, new, told",
+    [("'b', 'c'", "'b'", "list of 3 texts"), ("'b', 'c'", "'b', ''", "list of 3 texts"), ("9,3", "8,3", "no file"),
+     ("['a', 'b', 'c']", "__import__('os')", "list of 3 texts"), ("turns", "rounds", "no column 'turns'")],
+)  # fmt: skip
+def test_what_is_wrong_with_edival_s_table_is_told_by_line(edival, tmp_path, old, new, told):
+    path = edival / "oai_instruction_generation_output.csv"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(BenchError, match=told):
+        readers.import_("edival", edival, tmp_path / "out")

@@ -17,7 +17,7 @@ import emilie_min as emilie
 from emilie_min.app import cli
 from emilie_min.bench import data
 from emilie_min.bench.cli import which_shard
-from emilie_min.bench.run import Models, read_run, run, state
+from emilie_min.bench.run import Models, noise_seed, read_run, run, state
 from emilie_min.canvas import images
 from emilie_min.errors import BenchError, CheckpointError, SamplingError
 from emilie_min.methods import METHODS, Request, parse
@@ -43,7 +43,7 @@ class Mine(Method):
             raise KeyboardInterrupt
         if len(chain.requests) + 1 == self.fail_at:
             raise SamplingError("as asked")
-        image = chain.image.point(lambda v: int(v * (1 - 0.1 * self.strength)) + chain.seed)
+        image = chain.image.point(lambda v: int(v * (1 - 0.1 * self.strength)) + chain.seed % 7)
         return replace(chain, image=image, requests=(*chain.requests, request), notes={"n": len(chain.requests)})
 """
 
@@ -232,13 +232,28 @@ def test_a_run_is_on_disk_and_says_what_it_was(bench, mine, tmp_path):
     item = done.items[0]
     folder = tmp_path / "run" / "edits" / "emilie" / "1" / item.id
     assert Image.open(folder / "0.png").tobytes() == Image.open(item.image).tobytes()
-    canvas = emilie.open(item.image, emilie.load("random", "toy", device="cpu"), seed=1)
+    canvas = emilie.open(item.image, emilie.load("random", "toy", device="cpu"), seed=noise_seed(1, item.id))
     for number, turn in enumerate(item.turns, 1):
         image = canvas.edit(turn.instruction, turn.mask, steps=1)
         outcome = done.outcome("emilie", 1, item.id, number)
         assert Image.open(outcome.image).tobytes() == image.tobytes() and outcome.seconds > 0
         assert torch.equal(load_file(folder / f"{number}.safetensors")["latent"], canvas.latent)
         assert (outcome.mask is None) == (turn.mask is None)
+
+
+def test_noise_is_keyed_by_seed_and_item_and_shared_by_methods():
+    known = {noise_seed(seed, item) for seed in range(5) for item in ("0001", "0002", "10001")}
+    assert len(known) == 15 and all(0 <= seed < 2**63 for seed in known)
+    assert noise_seed(1, "0001") == 0x59DF119996723BF8  # a run can be made again elsewhere
+
+
+def test_a_run_whose_noise_was_keyed_otherwise_is_not_continued(bench, tmp_path):
+    run(bench, ["ip2p"], tmp_path / "run", [0], RANDOM, steps=1)
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert info.pop("noise") == "seed and item"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info))
+    with pytest.raises(BenchError, match="another noise"):
+        run(bench, ["ip2p"], tmp_path / "run", [0], RANDOM, steps=1)
 
 
 def test_a_killed_run_goes_on_without_redoing_or_losing_an_edit(bench, mine, tmp_path, monkeypatch):
@@ -466,3 +481,31 @@ def test_bad_input_is_one_line(arguments, message, bench, tmp_path, capsys):
     assert cli.main(["bench", "run", str(bench), "--out", str(tmp_path / "run"), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
+
+
+def test_tuning_chooses_by_pictures_right_on_scenes_of_its_own(mine, tmp_path, monkeypatch):
+    from emilie_min.bench import tune
+
+    tried = {"strength": ("0", "3"), "steps": ("1",)}
+    monkeypatch.setattr(tune, "run", lambda *args: run(*args[:4], RANDOM))
+    lines = tune.tune(tmp_path / "out", [str(mine)], tried, scenes=2)
+    record = json.loads((tmp_path / "out" / "tune.json").read_text())
+    assert record["scenes"] == 2 and list(record["methods"]) == [str(mine)] and len(lines) == 1
+    of = record["methods"][str(mine)]
+    assert set(of["tried"]) == {"strength=0", "strength=3"} and of["chosen"] in of["tried"]
+    assert tune.SEED != 0  # that of every committed benchmark
+    with pytest.raises(BenchError, match="nothing to choose"):
+        tune.tune(tmp_path / "none", [f"{mine}:strength=1"], {"strength": ("0",)}, scenes=2)
+
+
+def test_edival_s_harness_gets_a_picture_back(monkeypatch):
+    from emilie_min import loading
+    from emilie_min.bench.edival import Emilie
+
+    weights = []
+    small = emilie.load("random", "toy", device="cpu")
+    monkeypatch.setattr(loading, "load", lambda w, device: weights.append(str(w)) or small)
+    editor, picture = Emilie(device="cpu"), world.render(world.scene(1))
+    made = editor.generate_single_edit(instruction="make it night", current_image=picture, seed=1234)
+    assert weights[0].endswith("instruct-pix2pix-00-22000.safetensors") and made.size == picture.size
+    assert made.tobytes() == emilie.open(picture, small, seed=1234).edit("make it night").tobytes()

@@ -106,3 +106,26 @@ def test_settings_and_models_that_cannot_be_used_are_refused_before_any_edit(edi
     for method in (Emilie, IterativeInstructPix2Pix, Concatenated):
         with pytest.raises(CheckpointError):
             method(captions)
+
+
+def test_anchor_leads_back_to_the_picture_before_and_not_to_the_opened_one(editor, picture):
+    """Else every masked edit would undo the earlier ones outside its mask."""
+    first, second = follow(Emilie(editor, **SCALES), picture, [Request(NIGHT), Request(COMIC, left_half())])
+    opened = editor.scale_factor * images.to_latent(editor, picture)
+    assert torch.equal(second.latent[..., 8:], first.latent[..., 8:])
+    assert not torch.equal(first.latent[..., 8:], opened[..., 8:])
+
+
+def test_the_pictures_between_are_truncated_and_instructions_joined_by_a_comma_unless_told_otherwise(editor, picture):
+    requests = [Request(NIGHT), Request(DAY)]
+    for method, settings in ((IterativeInstructPix2Pix, {"pixels": "truncate"}), (Concatenated, {"separator": ", "})):
+        plain, told = (follow(method(editor, **SCALES, **s), picture, requests) for s in ({}, settings))
+        assert [c.image.tobytes() for c in plain] == [c.image.tobytes() for c in told]
+    truncated = images.from_latent(editor, told[-1].latent, truncate=True)
+    assert truncated.tobytes() == told[-1].image.tobytes()
+
+
+def test_emilie_is_asked_for_nothing_only_by_a_benchmark(editor, picture):
+    (chain,) = follow(Emilie(editor, **SCALES), picture, [Request("")])
+    canvas = emilie.open(picture, editor, seed=5)
+    assert canvas.edit("", allow_empty=True, **SCALES).tobytes() == chain.image.tobytes()

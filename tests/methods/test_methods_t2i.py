@@ -459,9 +459,26 @@ def test_diffedit_changes_nothing_where_both_texts_are_the_same(editor, chain):
     assert torch.equal(done.latent, encoded(editor, chain.image)) and done.notes["mask_share"] == 0
 
 
-def test_diffedit_finds_a_mask_where_none_is_given(editor, chain):
-    own, given = (DiffEdit(editor, steps=2, maps=1, mask=mask).edit(chain, request()) for mask in ("own", "given"))
-    assert torch.equal(own.latent, given.latent) and given.notes["mask"] == "own"
+def test_diffedit_without_a_given_mask_edits_everywhere_and_by_the_paper_finds_its_own(editor, chain):
+    given, all_of_it = (
+        DiffEdit(editor, steps=2, mask="given").edit(chain, request(mask))
+        for mask in (None, Image.new("L", (64, 64), 255))
+    )
+    assert torch.equal(given.latent, all_of_it.latent) and given.mask is None
+    assert (given.notes["mask"], given.notes["mask_share"]) == ("everywhere", 1.0)
+    own, masked = (DiffEdit(editor, steps=2, maps=1).edit(chain, request(mask)) for mask in (None, left_half()))
+    assert torch.equal(own.latent, masked.latent) and own.notes["mask"] == "own" and own.notes["mask_share"] < 2 / 3
+
+
+def test_diffedit_is_told_what_the_picture_shows_before(editor, chain):
+    """With the caption of the picture before, and not with the new one or none: its mask would be another."""
+    asked = Request("", caption=AFTER, before=BEFORE)
+    made, blind = (DiffEdit(editor, steps=2, maps=1).edit(chain, r) for r in (asked, Request("", caption=AFTER)))
+    seen = []
+    method = DiffEdit(editor, steps=2, maps=1)
+    method.find_mask = lambda work, t: seen.append(work.before) or torch.ones_like(work.source[:, :1])
+    method.edit(chain, asked)
+    assert seen == [BEFORE] and not torch.equal(made.latent, blind.latent)
 
 
 # ---- all of them
@@ -550,7 +567,7 @@ def test_settings_out_of_range_are_refused_before_any_edit(editor, method, setti
 def test_defaults_are_the_config_s(editor):
     assert BlendedLatentDiffusion(editor).steps == 25 and BlendedLatentDiffusion(editor).guidance == 3.0
     assert PlugAndPlay(editor).guidance == 10.0 and PlugAndPlay(editor, guidance=None).guidance == 3.0
-    assert PlugAndPlay(editor).inversion_steps == 999
+    assert PlugAndPlay(editor).inversion_steps == 999 and DiffEdit(editor).steps == 50
 
 
 def test_a_picture_that_is_not_square(editor):
