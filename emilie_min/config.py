@@ -112,7 +112,7 @@ ONLY = {  # what the networks here do not vary: another value would go unnoticed
     f"{TEXT}.text_config.max_position_embeddings": 77,
 }  # fmt: skip
 PLAIN = "are not read here, since they can multiply or reach this machine's environment: write the values out"
-LARGEST = {"num_res_blocks": 64, "num_hidden_layers": 64}  # of all other sizes and counts 2**20
+LARGEST = {"num_res_blocks": 16, "num_hidden_layers": 64}  # of all other sizes and counts 2**20
 
 
 def load_config(name: str | Path) -> Config:
@@ -127,10 +127,11 @@ def load_config(name: str | Path) -> Config:
     except (OSError, ValueError) as error:
         wrong = printable(f"config {name}: {error}")
         raise ConfigError(f"{wrong}. Give one of {', '.join(BUILT_IN)} or a YAML file") from error
-    config, key = OmegaConf.structured(Config), ""
+    config: Any = OmegaConf.structured(Config)
+    key = ""
     try:
         _require(not any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)), f"aliases (*name) {PLAIN}")
-        given = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        given: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
         _require("${" not in str(given), f"interpolations (${{name}}) {PLAIN}")
         _require(isinstance(given, dict), "not a mapping of settings")
         for section, key, value in list(_settings(given)):
@@ -172,7 +173,7 @@ def _check(config: Config) -> None:
                 wrong = isinstance(n, int) and not least <= n <= most
                 _require(not wrong, f"{section}: {key} must be from {least} to {most}, not {n}")
     for levels in (unet.channel_mult, vae.ch_mult):
-        _require(1 <= len(levels) <= 16, "channel_mult and ch_mult must have 1 to 16 levels")
+        _require(1 <= len(levels) <= 8, "channel_mult and ch_mult must have 1 to 8 levels")
     channels = {diffusion.channels, vae.embed_dim, vae.z_channels, unet.out_channels}
     _require(len(channels) == 1, "channels, embed_dim, z_channels and out_channels must be the same number")
     _require(unet.in_channels in (4, 8), f"unet: in_channels must be 8 or 4, not {unet.in_channels}")

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +12,8 @@ from .config import BUILT_IN, TOKENIZER_FILES, load_config
 from .emilie import Editor
 from .errors import CheckpointError, EmilieError, TokenizerError, explain_oom, first_line, printable
 from .faster.half import HalfAutoencoderKL
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def load(
@@ -43,19 +46,19 @@ def load(
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     elif isinstance(dtype, str):
-        if dtype not in ("float32", "float16", "bfloat16"):
-            raise EmilieError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
-        dtype = getattr(torch, dtype)
+        if dtype not in DTYPES:
+            raise EmilieError(f"dtype must be float32, float16 or bfloat16, not {printable(dtype, 80)}")
+        dtype = DTYPES[dtype]
     if compile and low_memory:
         raise EmilieError("compile needs the networks where low_memory does not leave them: choose one")
     if plain and (compile or low_memory):
         raise EmilieError("plain is the network without compile and low_memory: choose one")
     if compile and device.type not in ("cuda", "cpu"):
         raise EmilieError(f"compile is for CUDA and the CPU, and this is {device}: leave it out")
-    held = (device, dtype)
+    held_on, held_as = device, dtype
     if low_memory:
-        held = ("cpu", torch.float16 if (device.type, dtype) == ("cpu", torch.float32) else dtype)
-    folders = weights_folders()
+        held_on = torch.device("cpu")
+        held_as = torch.float16 if (device.type, dtype) == ("cpu", torch.float32) else dtype
     weights = shipped("toy.safetensors") if weights is None else weights
 
     if weights == "random":
@@ -66,25 +69,25 @@ def load(
         config = config or reading.detect_config(entries)
         if config is None:
             raise CheckpointError(f"{weights} is {reading.explain_unknown(entries)}")
-    config = load_config(config)
-    beside = [Path(weights) / "tokenizer"] if Path(weights).is_dir() else []
-    tokenizers = ([Path(tokenizer)] if tokenizer else beside) + [f / sub for f in folders for sub in ("tokenizer", ".")]
+    settings = load_config(config)
+    tokenizers = [Path(tokenizer)] if tokenizer else [Path(weights) / "tokenizer"] if Path(weights).is_dir() else []
+    tokenizers += [folder / sub for folder in weights_folders() for sub in ("tokenizer", ".")]
     drawn_on = device if weights == "random" else torch.device("meta")
     with explain_oom("while the weights were loaded"):
         with drawn_on, torch.random.fork_rng(devices=[drawn_on] if drawn_on.type == "cuda" else []):
             torch.manual_seed(0)  # for "random"; nothing is drawn on the meta device
-            networks = build(config, tuple(tokenizers))
+            networks: dict[str, Any] = build(settings, tuple(tokenizers))
             if dtype != torch.float32:
-                networks["vae"] = HalfAutoencoderKL(config.vae)
+                networks["vae"] = HalfAutoencoderKL(settings.vae)
         if weights == "random":
             family = "random"
             for network in networks.values():
-                network.to(*held).requires_grad_(False).eval()
+                network.to(held_on, held_as).requires_grad_(False).eval()
         else:
-            family = reading.load(networks, weights, *held, entries, ema).family
-    model = f"{config.name if config.name in BUILT_IN else Path(config.name).stem}/{Path(weights).name}"
+            family = reading.load(networks, weights, held_on, held_as, entries, ema).family
+    model = f"{settings.name if settings.name in BUILT_IN else Path(settings.name).stem}/{Path(weights).name}"
     kind = Editor if plain else editor_class(device, compile, low_memory)
-    return kind(config, **networks, device=device, dtype=dtype, model=model, family=family)
+    return kind(settings, **networks, device=device, dtype=dtype, model=model, family=family)
 
 
 def editor_class(device: torch.device, compile: bool | None, low_memory: bool) -> type[Editor]:

@@ -15,9 +15,9 @@ The released model, with c = 320 channels, block by block (R: ResBlock, T: Spati
 
 What is easy to get wrong, here and around it, and the test that guards it (in tests/method where nothing else is said):
 
-    z_img is stacked unscaled, z_t over sqrt(1 + sigma^2)      test_denoise
+    z_img is stacked unscaled, z_t over sqrt(1 + sigma^2)      test_what_the_network_is_given, test_denoise
     the branch without a picture sees zeros, and is told ""    test_denoise
-    timesteps are fractional                                   test_timesteps_are_fractional, test_timestep_embedding
+    timesteps are fractional                                   test_what_the_network_is_given, test_timestep_embedding
     cosines stand before sines in a timestep's embedding       test_timestep_embedding
     GroupNorm's epsilon: 1e-6 in T and autoencoder, else 1e-5  test_group_norms_have_two_epsilons
     downsampling pads all sides here, two in the autoencoder   test_the_two_downsamplings_pad_differently

@@ -25,11 +25,12 @@ HELP = {  # of the fields of Settings that are options
     "sampler": "dpmpp_2m*: for few steps",
     "guidance_interval": "guide only between these noise levels (sigmas)",
     "reuse": "run the deep layers at every N-th step only",
+    "reuse_guidance": "after this part of the steps, 0 to 1, find guidance anew at some only",
     "text_scale": "how strongly to follow the instruction",
     "image_scale": "how closely to stay with the picture",
     "seed": "of all noise (default: 0, or what the --canvas began with)",
 }
-METAVARS = {"guidance_interval": "LOW,HIGH", "reuse": "N"}
+METAVARS = {"guidance_interval": "LOW,HIGH", "reuse": "N", "reuse_guidance": "PART"}
 READ = {  # what an option's text becomes, by the field's type
     int: int,
     int | None: int,

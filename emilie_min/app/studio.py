@@ -10,6 +10,7 @@ import importlib.util
 import os
 import secrets
 import socket
+import tempfile
 import threading
 import warnings
 import webbrowser
@@ -25,7 +26,8 @@ def serve(editor: Editor, local: bool = True, password: str = "", link: str = ""
     local: for this computer only; password: USER:PASSWORD; link: opens the page, once, with ?token= that text. Raises
     CheckpointError where weights cannot edit.
     """
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False"}
+    folder = tempfile.TemporaryDirectory(prefix="emilie-studio-")  # gradio's, empty; goes with the page
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder.name}
     import fastapi
     import gradio as gr
     import uvicorn
@@ -34,6 +36,7 @@ def serve(editor: Editor, local: bool = True, password: str = "", link: str = ""
     from .page import build
 
     here, page = Path(__file__), build(editor)
+    page.folder = folder
     looks = gr.themes.Base(primary_hue="pink", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     app = gr.mount_gradio_app(  # and not launch(), which may want a proxy or a share link to find its own page
         fastapi.FastAPI(routes=door.routes(page.visitors)),
@@ -74,7 +77,11 @@ def studio(
     link = "" if local or password else secrets.token_urlsafe()
     _, server = serve(editor, local, password or "", link)
     if not local:
-        who = "who has the password" if password else "who opens this link first; --auth USER:PASSWORD is for several"
+        who = (
+            "whoever has the password"
+            if password
+            else "whoever opens its link first; for several give --auth USER:PASSWORD"
+        )
         warnings.warn(f"other computers can reach this page, unencrypted: it is for {who}", stacklevel=2)
     url += f"?token={link}" if link else ""
     print(f"the studio is at {url} (stop it with Ctrl-C)", flush=True)

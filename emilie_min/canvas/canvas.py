@@ -14,6 +14,7 @@ from ..emilie import Editor, rescale_factor
 from ..errors import CanvasError, CheckpointError, MaskError, SamplingError, explain_oom
 from ..faster.deepcache import reuse_deep_features
 from ..faster.dpmpp import sample_dpmpp_2m
+from ..faster.guidance_reuse import reuse_guidance
 from ..faster.interval import guidance_interval
 from ..sampling import Denoise, Scale, Step, get_sigmas, noise_stream, sample_euler_ancestral
 from . import images, regions, session, settings
@@ -172,6 +173,8 @@ class Canvas:
         """The method's `Editor.denoise` for one edit, with what the settings attach to it from outside."""
         editor = self.editor if settings.reuse == 1 else reuse_deep_features(self.editor, settings.reuse)
         *conds, null = editor.context([*texts, ""]).split(1)
+        if settings.reuse_guidance is not None:
+            editor = reuse_guidance(editor, null, round(settings.reuse_guidance * settings.steps))
         z_img, shares = z_img.to(editor.device), shares.to(editor.device)
 
         def guided(text_scale: Scale, image_scale: float) -> Denoise:

@@ -24,7 +24,9 @@ class Settings:
     picture's pixels to the bit. allow_empty: permit the instruction "", to study drift. seed: of the noise added
     between steps, None = the canvas's; two edits at the same depth of a canvas draw the same noise. Faster by doing
     less, off by default: sampler, see `faster.dpmpp`; guidance_interval, (low, high) noise levels between which to
-    guide, see `faster.interval`; reuse: run the UNet's deep layers at every n-th step only, see `faster.deepcache`.
+    guide, see `faster.interval`; reuse: run the UNet's deep layers at every n-th step only, see `faster.deepcache`;
+    reuse_guidance: the part of the steps, 0 to 1, after which guidance is found anew at some only, None = at all, see
+    `faster.guidance_reuse`.
     """
 
     steps: int | None = None
@@ -40,6 +42,7 @@ class Settings:
     sampler: str = "euler_ancestral"
     guidance_interval: tuple[float, float] | None = None
     reuse: int = 1
+    reuse_guidance: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -57,6 +60,8 @@ class Settings:
                 self._set(name, as_finite(getattr(self, name), name))
         if self.guidance_interval is not None:
             self._set("guidance_interval", as_interval(self.guidance_interval))
+        if self.reuse_guidance is not None:
+            self._set("reuse_guidance", as_part(self.reuse_guidance, "reuse_guidance"))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # what is frozen is set once, here
@@ -94,6 +99,14 @@ def as_finite(value: object, name: str) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise SamplingError(f"{name} must be a finite number, not {value!r}")
+    return number
+
+
+def as_part(value: object, name: str) -> float:
+    """A number from 0 to 1 as a float. Raises SamplingError."""
+    number = as_finite(value, name)
+    if not 0 <= number <= 1:
+        raise SamplingError(f"{name} is a part of the steps, from 0 to 1, not {number:g}")
     return number
 
 

@@ -14,6 +14,7 @@ import struct
 import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -212,7 +213,7 @@ def _index_ckpt(path: Path) -> dict[str, Entry]:
     try:
         records = _records(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        placeholders = [(_Placeholder(name, (), {}), name) for name in names]
+        placeholders: list[Any] = [(_Placeholder(name, (), {}), name) for name in names]
         with FakeTensorMode(), torch.serialization.safe_globals(placeholders), open(path, "rb") as f:
             state = torch.load(f, weights_only=True)  # not by its path, whose name torch.load would believe
         tensors = _tensors(path, state)
@@ -484,7 +485,7 @@ def tell_apart(reader: Reader, names: dict[str, str], family: str, ema: str) -> 
 def detect_config(entries: dict[str, Entry]) -> str | None:
     """The built-in config whose UNet has this file's width and input channels, or None."""
     first = entries.get(RAW + "input_blocks.0.0.weight") or entries.get(EMA + "diffusion_modelinput_blocks00weight")
-    widths = {(320, 8): "ip2p", (320, 4): "sd15", (64, 8): "toy", (64, 4): "toy-t2i"}
+    widths: dict[tuple[int, ...], str] = {(320, 8): "ip2p", (320, 4): "sd15", (64, 8): "toy", (64, 4): "toy-t2i"}
     return widths.get(first.shape[:2]) if first else None
 
 

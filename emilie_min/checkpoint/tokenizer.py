@@ -47,13 +47,14 @@ class Tokenizer:
 
     def _words(self, text: str) -> list[int]:
         words = text.lower().translate(dict.fromkeys(map(ord, ",.!?;:"), " ")).split()
-        unknown = [word for word in words if word not in self.config.words]
+        known = self.config.words or []
+        unknown = [word for word in words if word not in known]
         if unknown:
             raise InstructionError(
                 f"the small model does not know {printable(', '.join(map(repr, unknown)), 100)}; "
-                f"its words are: {printable(' '.join(self.config.words))}"
+                f"its words are: {printable(' '.join(known))}"
             )
-        return [self.config.words.index(word) for word in words]
+        return [known.index(word) for word in words]
 
     def _byte_pairs(self, text: str) -> list[int]:
         try:
@@ -65,7 +66,7 @@ class Tokenizer:
         return self._clip.encode(text, add_special_tokens=False)
 
     def _text(self, ids: list[int]) -> str:
-        return " ".join(self.config.words[i] for i in ids) if self.config.words else self._clip.decode(ids)
+        return " ".join(self.config.words[i] for i in ids) if self.config.words else str(self._clip.decode(ids))
 
     @cached_property
     def _clip(self) -> CLIPTokenizer:

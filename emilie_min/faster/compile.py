@@ -45,6 +45,7 @@ class CompiledEditor(GraphEditor):
         self, x: Sequence[Tensor], sigma: Scale, seen: Sequence[Tensor], told: Sequence[Tensor]
     ) -> list[Tensor]:
         """As `GraphEditor.branches`. Raises EmilieError where the network cannot be compiled."""
+        raise_limits()  # each thread has PyTorch's settings to itself
         try:
             return super().branches(x, sigma, seen, told)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -54,8 +55,14 @@ class CompiledEditor(GraphEditor):
 
 def compile_blocks(unet: nn.Module, whole: bool = False, **options: Any) -> None:
     """Compile every block where it stands, or the whole as one, at its first call; options: of `torch.compile`."""
-    for name in ("recompile_limit", "accumulated_recompile_limit"):
-        setattr(torch._dynamo.config, name, max(LIMIT, getattr(torch._dynamo.config, name)))
+    raise_limits()
     for module in [unet] if whole else unet.modules():
         if whole or isinstance(module, BLOCKS):
             module.compile(fullgraph=True, **options)
+
+
+def raise_limits() -> None:
+    """Let this thread compile a block for as many sizes as there are."""
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        if getattr(torch._dynamo.config, name) < LIMIT:
+            setattr(torch._dynamo.config, name, LIMIT)

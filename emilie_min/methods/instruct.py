@@ -37,6 +37,7 @@ class Emilie(Method):
     sigma_low: float = 0.0  # of the guidance interval
     sigma_high: float = math.inf
     reuse: int = 1
+    reuse_guidance: float | None = None
 
     def __post_init__(self):
         settle(self)
@@ -64,6 +65,7 @@ class Emilie(Method):
             sampler=self.sampler,
             guidance_interval=self.guidance_interval,
             reuse=self.reuse,
+            reuse_guidance=self.reuse_guidance,
         )
         state = canvas.state
         return replace(

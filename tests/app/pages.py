@@ -41,7 +41,8 @@ class Caller:
         connection.request(method, path, body, self.headers | {k.replace("_", "-"): v for k, v in headers.items()})
         answer = connection.getresponse()
         try:
-            return answer.status, answer.read(), dict(answer.headers)
+            endless = "event-stream" in answer.headers.get("content-type", "")
+            return answer.status, b"" if endless else answer.read(), dict(answer.headers)
         finally:
             connection.close()
 
@@ -80,7 +81,7 @@ class Caller:
 
     def enter(self) -> "Caller":
         """Load the page: a new scene, and the key of this visitor."""
-        self.key = re.search(r"data-key=\W*([\w-]+)", self.do(0, [None]))[1]
+        self.key = re.search(r"data-key=[^\w-]+([\w-]+)", self.do(0, [None]))[1]
         return self
 
     @property

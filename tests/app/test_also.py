@@ -33,7 +33,7 @@ def test_the_command_takes_several_regions(photo, capsys):
         canvas.edit(regions, steps=1)
     written = emilie.open("out/photo.canvas.safetensors", editor)
     assert [s.regions for s in written.history] == [s.regions for s in canvas.history]
-    assert torch.equal(written.latent, canvas.latent)
+    assert torch.allclose(written.latent, canvas.latent, atol=1e-4)
     strip = np.asarray(Image.open("out/photo_strip.png"))
     ink = (strip == (255, 0, 120)).all(-1)[12:268]  # the outlines, in the row of pictures
     assert [ink[:, x : x + 256].any() for x in (12, 280, 548)] == [False, True, False]

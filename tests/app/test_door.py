@@ -391,7 +391,7 @@ def test_with_a_link_that_works_once(editor):
 
 @pytest.mark.parametrize(
     "host, password, note",
-    [("127.0.0.1", None, ""), ("0.0.0.0", None, "opens this link first"), ("0.0.0.0", "a:b", "password")],
+    [("127.0.0.1", None, ""), ("0.0.0.0", None, "link first"), ("0.0.0.0", "a:b", "password")],
 )
 def test_listening_beyond_this_computer_is_said(editor, host, password, note, monkeypatch, capsys, recwarn):
     from emilie_min.app import studio

@@ -105,7 +105,9 @@ def test_both_formats_read_every_tensor(tensors, tmp_path):
     write_ckpt(tmp_path / "trainer.ckpt", tensors)
     save_file({key: t.contiguous().clone() for key, t in tensors.items()}, tmp_path / "a.safetensors")
     for name in ("flat.ckpt", "trainer.ckpt", "a.safetensors"):
-        assert same(read(tmp_path / name), {key: t.detach() for key, t in tensors.items()})
+        out = read(tmp_path / name)
+        assert same(out, {key: t.detach() for key, t in tensors.items()})
+        assert all(t.is_contiguous() for t in out.values())
 
 
 def test_the_name_says_nothing_of_the_format(tensors, tmp_path):
@@ -498,6 +500,9 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     message = refusal(path)
     monkeypatch.undo()
     assert "cannot be read: Permission denied" in message
+    save_file({"a": torch.ones(1)}, path)
+    monkeypatch.setattr(reading, "safe_open", denied)  # what the library reports of a disk, too
+    assert "cannot be read: Permission denied" in refusal(path)
 
 
 # what breaks off

@@ -14,7 +14,12 @@ import emilie_min as emilie
 from emilie_min.toy import world
 
 DEVICE = os.environ.get("EMILIE_TEST_DEVICE", "cuda")
-PATHS = {"plain": {}, "compiled": {"compile": True}, "low memory": {"low_memory": True}}
+PATHS = {
+    "plain": {"plain": True},
+    "default": {},  # CUDA graphs
+    "compiled": {"compile": True},
+    "low memory": {"low_memory": True},
+}
 
 
 def pytest_collection_modifyitems(items):
@@ -27,6 +32,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def device() -> str:
     return DEVICE
+
+
+@pytest.fixture(scope="session")
+def half() -> str:
+    """The dtype of 16 bits that the device is quick at."""
+    return "bfloat16" if DEVICE == "cpu" else "float16"
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +55,9 @@ def load():
 
 @pytest.fixture(scope="session")
 def chain():
-    """Three edits of a picture: free, in a mask, in two regions; the latents after each."""
+    """A canvas after three edits: free, in a mask, in two regions."""
 
-    def latents(editor, size=(64, 64), **settings):
+    def edited(editor, size=(64, 64), **settings):
         width, height = size
         left, right = (0, 0, width // 2, height), (width // 2, 0, width, height)
         picture = world.render(world.scene(3)).resize(size)
@@ -56,7 +67,7 @@ def chain():
             canvas.edit(each, **settings)
         return canvas
 
-    return latents
+    return edited
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,13 @@
-"""CUDA graphs without a card: the bookkeeping against a stand-in that records a call's operators and replays them.
-
-What it replays is what a graph would: the operators of the recording on the memory that they used, and no Python. Like
-graphs of one memory pool, a replay spoils what the other recordings of its pool gave.
-"""
+"""CUDA graphs without a card: the bookkeeping, against the stand-in of `card.py`."""
 
 import copy
-import inspect
 import threading
 import warnings
-from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
+from card import Card
 from pseudo import error
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import emilie_min as emilie
 from emilie_min import unet as layers
@@ -28,111 +21,6 @@ from emilie_min.toy import world
 NIGHT, DAY = "make it night", "make it day"
 LEFT, RIGHT = (0, 0, 30, 64), (34, 0, 64, 64)
 CPU = torch.device("cpu")
-
-
-class Recorder(TorchDispatchMode):
-    def __init__(self, calls):
-        super().__init__()
-        self.calls = calls
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-
-class Card:
-    """What `torch.cuda` is asked for, on the CPU, and a log of it."""
-
-    OutOfMemoryError = torch.cuda.OutOfMemoryError
-
-    def __init__(self):
-        self.log, self.pools, self.current, self.capturing, self.failing = [], [], "default", 0, None
-        self.free = 10**9  # how many more calls have memory
-
-    class CUDAGraph:
-        def __init__(self):
-            self.calls = []
-
-        def replay(self):
-            for other in self.pool:
-                if other is not self:
-                    for *_, out in other.calls:
-                        for y in out if isinstance(out, (tuple, list)) else [out]:
-                            y.fill_(float("nan")) if y.is_floating_point() and not other.reads(y) else None
-            for func, args, kwargs, out in self.calls:
-                again = func(*args, **kwargs)
-                for y, new in zip(*((z if isinstance(z, (tuple, list)) else [z]) for z in (out, again))):
-                    if y.data_ptr() != new.data_ptr():
-                        y.copy_(new)
-
-        def reads(self, y):  # inputs and weights lie outside of the pool; so do views of them
-            return y.untyped_storage().data_ptr() not in self.own
-
-    @contextmanager
-    def graph(self, graph, **options):
-        inspect.signature(torch.cuda.graph).bind(graph, **options)
-        assert options["capture_error_mode"] == "thread_local" and options["stream"] is not None
-        assert self.capturing == 0, "two recordings at once"
-        self.capturing += 1
-        self.log.append("capture")
-        try:
-            if self.failing:
-                raise self.failing
-            with Recorder(graph.calls):
-                yield
-        finally:
-            self.capturing -= 1
-        given = {id(a) for _, args, _, _ in graph.calls for a in args if isinstance(a, torch.Tensor)}
-        made = {id(y) for *_, out in graph.calls for y in (out if isinstance(out, (tuple, list)) else [out])}
-        outside = {
-            a.untyped_storage().data_ptr()
-            for _, args, _, _ in graph.calls
-            for a in args
-            if isinstance(a, torch.Tensor) and id(a) in given - made
-        }
-        graph.own = {
-            y.untyped_storage().data_ptr()
-            for *_, out in graph.calls
-            for y in (out if isinstance(out, (tuple, list)) else [out])
-        } - outside
-        graph.pool = options["pool"]
-        graph.pool.append(graph)
-
-    def graph_pool_handle(self):
-        self.pools.append([])
-        return self.pools[-1]
-
-    def Stream(self, device):
-        return SimpleNamespace(wait_stream=lambda other: self.log.append("side waits"))
-
-    def current_stream(self, device):
-        return SimpleNamespace(
-            wait_stream=lambda other: self.log.append("waits for side"),
-            wait_event=lambda event: self.log.append(f"wait {event}"),
-            record_event=lambda: self.log.append("event") or "done",
-        )
-
-    @contextmanager
-    def stream(self, stream):
-        self.log.append("side")
-        yield
-        self.log.append("back")
-
-    @contextmanager
-    def device(self, device):
-        yield
-
-    def current_device(self):
-        return 0
-
-    def synchronize(self, device):
-        self.log.append("synchronize")
-
-    def empty_cache(self):
-        self.log.append("empty")
 
 
 @pytest.fixture

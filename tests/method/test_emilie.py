@@ -56,6 +56,25 @@ def test_every_row_of_a_batch_has_a_noise_level_and_branches_an_x_of_their_own(s
     assert error(b, small.branches([x[1:]], 0.7, [0 * z_img], [null])[0]) <= SINGLE
 
 
+def test_what_the_network_is_given(small):
+    """Two branches of two rows at two noise levels, in a network that keeps what it sees and finds the noise 2."""
+    editor, calls = copy.copy(small), []
+    editor.unet = lambda x, t, context: calls.append((x, t, context)) or torch.full_like(x[:, :4], 2.0)
+    x, y, z_img = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    cond, null = torch.randn(2, 1, 77, 64, generator=torch.Generator().manual_seed(1))
+    levels = torch.tensor([0.7, 9.0])
+    denoised = editor.branches([x, y], levels, [z_img, z_img[:1]], [cond, null])
+    ((seen, t, context),) = calls
+    over = (1 + levels**2).sqrt().view(2, 1, 1, 1)
+    assert torch.allclose(seen[:, :4], torch.cat([x / over, y / over]), atol=1e-6)
+    assert torch.equal(seen[:, 4:], torch.cat([z_img, z_img[:1].expand(2, -1, -1, -1)]))  # as it is, unscaled
+    fractional = sampling.sigma_to_t(levels, small.log_sigmas)
+    assert torch.allclose(t, fractional.float().repeat(2), atol=1e-4) and (fractional != fractional.round()).all()
+    assert torch.equal(context, torch.cat([cond, cond, null, null]))
+    for one, of in zip(denoised, (x, y), strict=True):
+        assert torch.allclose(one, of - 2 * levels.view(2, 1, 1, 1))
+
+
 @torch.no_grad()
 def test_trajectory(small, goldens, given):
     """Eight steps, each of them, and the picture that they end in."""

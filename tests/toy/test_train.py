@@ -256,5 +256,5 @@ def test_the_sister_begins_from_an_editing_model(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("bad", [("--twins", 2), ("--batch", 0), ("--minutes", -1), ("--places", "nan")])
 def test_bad_settings(bad, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        run(monkeypatch, tmp_path / "out.safetensors", *bad)
+        run(monkeypatch, tmp_path / "out.safetensors", "--minutes", 0, *bad)
     assert bad[0] in capsys.readouterr().err and not list(tmp_path.iterdir())
