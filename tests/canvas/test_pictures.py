@@ -235,6 +235,7 @@ def test_sixteen_bits_are_read_at_their_depth(channels):
         (png16(SCENE.astype(int), sbit=16), SCENE / 257),
         (tiff(GREY.astype("<u2") * 16, t281=4095), GREY[..., None] * 16.0 / 4095 * 255),
         (tiff(GREY.astype("<u2"), t281=65535), GREY[..., None] / 257),
+        (tiff(GREY.astype("<u2") * 257, t281=4095), GREY[..., None]),  # it says what is not so
         (tiff(GREY.astype("<u2") * 257, 0), 255.0 - GREY[..., None]),
         (tiff((GREY / 255).astype("<f4")), GREY[..., None]),
         (encoded(Image.fromarray(GREY.astype(np.uint16) * 257), "PPM"), GREY[..., None]),
@@ -387,6 +388,9 @@ def test_camera_raw_is_not_its_preview(tmp_path, suffix):
         images.read_image(path)
     with pytest.raises(ImageError, match="raw file"):
         images.read_image(tiff(GREY, t50706=1))
+    with pytest.raises(ImageError, match="raw file"):
+        images.read_image(tiff(GREY, t254=1, t330=8))  # a preview, and the picture in a sub-directory
+    images.read_image(tiff(GREY, t254=0, t330=8))  # the picture, and smaller ones there
 
 
 def test_postscript_is_never_run(tmp_path, monkeypatch):
