@@ -192,8 +192,8 @@ def test_uploads(caller, tmp_path, monkeypatch):
         assert "cannot be read" in caller.do(OPENED, [None])
     assert "did not arrive" in caller.do(OPENED, [None])  # nothing was sent before
     monkeypatch.setattr(door, "UPLOAD", 1000)
-    assert caller.upload("a.png", b"x" * 2000) == 413
-    assert "did not arrive" in caller.do(OPENED, [None])
+    assert caller.upload("large.png", b"x" * 2000) == 413
+    assert "large.png did not arrive" in caller.do(OPENED, [None])
     assert list((tmp_path / "temp").iterdir()) == [] and caller.visitor.canvas is canvas
 
 
