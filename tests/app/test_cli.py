@@ -124,6 +124,7 @@ OPTIONS = {
     "sampler": "dpmpp_2m",
     "guidance_interval": (0.5, 9.0),
     "reuse": 3,
+    "reuse_guidance": 0.5,
 }
 
 

@@ -44,7 +44,7 @@ def test_at_the_last_part_nothing_changes(shipped, edited):
 
 def test_where_the_noise_differs_by_as_much_as_before_it_is_exact():
     """Branches whose noise stands off by a constant: what is reused is what they would give."""
-    off = {"cond": 0.3, "img": -0.2, "null": 0.5}
+    off = {"cond": 0.3, "other": 0.9, "img": -0.2, "null": 0.5}
     calls = []
 
     def branches(x, sigma, seen, told):
@@ -52,14 +52,14 @@ def test_where_the_noise_differs_by_as_much_as_before_it_is_exact():
         return [y - sigma * (torch.sin(y) + off[which]) for y, which in zip(x, seen)]
 
     null, text, other = torch.zeros(1), torch.ones(1), torch.ones(1)
-    given = ["cond", "cond", "img", "null"], [text, other, null, null]
+    given = ["cond", "other", "img", "null"], [text, other, null, null]
     reused = ReusedGuidance(branches, null, full=1)
     draw = torch.Generator().manual_seed(0)
     for sigma in (9.0, 4.0, 1.0, 0.1, 0.01):
         x = [torch.randn(2, 3, generator=draw)] * 4
         for y, expected in zip(reused(x, sigma, *given), branches(x, sigma, *given), strict=True):
             assert torch.allclose(y, expected, atol=1e-5)
-    assert calls[2::2] == [["cond", "cond"]] * 3 + [given[0]]
+    assert calls[2::2] == [["cond", "other"]] * 3 + [given[0]]
 
 
 def test_branches_that_are_all_told_something_run_as_they_are():
