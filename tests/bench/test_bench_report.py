@@ -200,26 +200,31 @@ def test_pictures_that_grow_brighter_by_3_levels_a_turn(folder):
 
 
 def test_intervals_are_those_of_all_resamplings_and_follow_from_metrics_csv(folder):
-    """Three items have 27 resamplings, which can be listed."""
+    """Three items under two seeds have 27 x 4 resamplings, which can be listed."""
     rows = table(folder, "Right or wrong")
     for name in ("correct", "edited", "kept"):
         for method in SETTINGS:
             of = {}
             for e in edits(folder):
                 if e["method"] == method and e[name]:
-                    of.setdefault(e["item"], []).append(float(e[name]))
-            means = [np.mean(values) for values in of.values()]
-            low, high = limits([np.mean(draw) for draw in itertools.product(means, repeat=3)])
+                    of.setdefault(e["item"], {}).setdefault(e["seed"], []).append(float(e[name]))
+            assert {len(seeds) for seeds in of.values()} == {2}
+            draws = [
+                np.mean([np.mean([value for seed in seeds for value in item[seed]]) for item in items])
+                for items in itertools.product(of.values(), repeat=3)
+                for seeds in itertools.product("01", repeat=2)
+            ]
             cell = rows[method][f"{name} ↑"]
-            assert cell.mean == pytest.approx(np.mean(means), abs=1e-4)
-            assert (cell.low, cell.high) == pytest.approx((low, high), abs=0.02)
+            mean = np.mean([np.mean([value for values in item.values() for value in values]) for item in of.values()])
+            assert cell.mean == pytest.approx(mean, abs=1e-4)
+            assert (cell.low, cell.high) == pytest.approx(limits(draws), abs=0.02)
 
 
 def test_wins_ties_and_losses(folder):
     [pairs] = reporting.against_the_first(measured(folder)).parts
     of = {(row[0], row[1].rstrip(" ↑↓")): row for row in pairs.rows}
-    *_, difference, items, verdict = of[IP2P, "correct"]  # by item: 1/4, 0 and -1/2
-    assert (difference.mean, difference.low, difference.high) == pytest.approx((-1 / 12, -1 / 2, 1 / 4), abs=1e-4)
+    *_, difference, items, verdict = of[IP2P, "correct"]  # by item 1/4, 0 and -1/2, under one seed twice 1/3
+    assert (difference.mean, difference.low, difference.high) == pytest.approx((-1 / 12, -1 / 2, 1 / 3), abs=1e-4)
     assert (items, verdict) == (3, "ties")
     *_, difference, _, verdict = of[IP2P, "L1 to first, grey levels"]
     assert verdict == "wins" and difference.high == pytest.approx(-4, abs=1e-4)
