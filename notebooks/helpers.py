@@ -7,7 +7,7 @@ import inspect
 import os
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "IProgress")  # about Jupyter's own progress bars, when they are first imported
@@ -28,13 +28,14 @@ plt.rcParams.update({"figure.dpi": 72, "font.size": 13, "axes.titlesize": 13, "i
 
 
 def grid(
-    rows: Sequence[Sequence[Image.Image | Tensor]],
-    columns: Sequence[object] = (),
-    labels: Sequence[object] = (),
+    rows: Iterable[Iterable[Image.Image | Tensor]],
+    columns: Iterable[object] = (),
+    labels: Iterable[object] = (),
     size: float = 2.4,
     **imshow: object,
 ) -> None:
     """Show rows of pictures, or of maps (h, w), with a title over each column and a label before each row."""
+    rows, columns, labels = [list(row) for row in rows], list(columns), list(labels)
     shape = len(rows), len(rows[0])
     figsize = size * shape[1], size * 1.12 * shape[0]
     fig, axes = plt.subplots(*shape, figsize=figsize, squeeze=False, layout="constrained")
