@@ -41,7 +41,7 @@ def info(path: str | Path, sha256: bool = False, config: str | Path | None = Non
     size = tqdm.format_sizeof(reading.nbytes(path, entries), "B")
     lines = [str(path), f"  format       {kind}, {size}, {len(entries)} tensors"]
     for key in ("source", "family"):  # what `convert` notes
-        if key in notes:
+        if key in (notes or {}):
             lines.append(f"  {key:<12} {printable(notes[key], 80)}")
     rest = dict(entries)
     for name, prefix in prefixes.items():

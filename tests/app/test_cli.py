@@ -148,7 +148,7 @@ def test_an_option_reaches_the_edit(name, photo, editor, capsys):
     )
     assert code == 0 and not err
     canvas = emilie.open("out/photo.canvas.safetensors", editor)
-    written = {"steps": 1, "seed": 0, "text_scale": 1.5, "image_scale": 1.0} | {name: value}
+    written = {"steps": 1, "seed": 0, "text_scale": 1.0, "image_scale": 1.0} | {name: value}
     settings = {key: tuple(v) if isinstance(v, list) else v for key, v in canvas.state.settings.items()}
     assert settings == {key: written.get(key, getattr(Settings(), key)) for key in settings}
     assert canvas.seed == written["seed"]

@@ -200,7 +200,7 @@ def test_the_tree_of_edits(session):
     assert places == [("0", "1", "1"), ("1", "1", "2"), ("2", "1", "3"), ("4", "2", "3"), ("3", "3", "2")]
     assert page.count('class="branch"') == 2
     assert re.findall(r'class="state here" data-state="(\d)"', page) == ["4"]
-    assert "<b>3</b> turn it into a comic" in page and "text_scale 1.5" in unescape(page)
+    assert "<b>3</b> turn it into a comic" in page and "text_scale 1.0" in unescape(page)
 
 
 def test_nothing_that_a_canvas_file_says_becomes_markup(session):

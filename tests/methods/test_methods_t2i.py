@@ -462,7 +462,7 @@ def test_diffedit_changes_nothing_where_both_texts_are_the_same(editor, chain):
 def test_diffedit_without_a_given_mask_edits_everywhere_and_by_the_paper_finds_its_own(editor, chain):
     given, all_of_it = (
         DiffEdit(editor, steps=2, mask="given").edit(chain, request(mask))
-        for mask in (None, Image.new("L", (64, 64), 255))
+        for mask in (None, Image.new("L", chain.image.size, 255))
     )
     assert torch.equal(given.latent, all_of_it.latent) and given.mask is None
     assert (given.notes["mask"], given.notes["mask_share"]) == ("everywhere", 1.0)
