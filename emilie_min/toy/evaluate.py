@@ -5,7 +5,6 @@ Scenes come from seeds below `train.FIRST_SEED`, so training never saw them. Eve
 
 import itertools
 import json
-import time
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
@@ -160,23 +159,18 @@ def two_places(seed: int, first: str, second: str) -> tuple[world.Scene, world.S
 
 
 def regions(editor: Editor, scenes: int) -> dict:
-    """Two local edits in their masks, in one pass and in turn: the share of whole pictures right, and seconds."""
+    """Two local edits in their masks, in one pass and in turn: the share of whole pictures right."""
     kinds = [(a, b) for a in LOCAL for b in LOCAL if (a, b) not in (("add", "add"), ("remove", "remove"))]
-    right, seconds = defaultdict(list), defaultdict(list)
+    right = defaultdict(list)
     for i in tqdm(range(scenes), desc="two regions, in one pass and in turn"):
         scene, after, pairs = two_places(FIRST + i, *kinds[i % len(kinds)])
         canvas = open(world.render(scene), editor, seed=i)
         for way, passes in (("one pass", [pairs]), ("in turn", [[pair] for pair in pairs])):
             canvas.branch(0)
-            started = time.perf_counter()
             for several in passes:
                 canvas.edit(several)
-            seconds[way].append(time.perf_counter() - started)
             right[way].append(judge(canvas.image, after).correct)
-    return {
-        "scenes": scenes,
-        **{way: {"right": mean(right[way]), "seconds": round(float(np.mean(seconds[way])), 2)} for way in right},
-    }
+    return {"scenes": scenes, **{way: mean(outcomes) for way, outcomes in right.items()}}
 
 
 @torch.no_grad()
