@@ -42,7 +42,8 @@ def test_a_note_is_told_once(photo, capsys):
     mask = Image.new("RGB", (64, 64))
     mask.paste((255, 0, 0), (0, 0, 32, 32))
     mask.save("mask.png")
-    _, _, lines = run("edit", photo, NIGHT, "--mask", "1=mask.png", *MODEL, capsys=capsys)
+    twice = [NIGHT, "make it day", "--mask", "1=mask.png", "--mask", "2=mask.png"]
+    _, _, lines = run("edit", photo, *twice, *MODEL, capsys=capsys)
     assert len(lines) == 1 and "note" in lines[0] and "one colour" in lines[0]
 
 
@@ -118,6 +119,7 @@ def test_what_a_console_cannot_show_decides_nothing(photo, name, encoding):
 def test_masks_whose_names_have_colons(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path(name).touch()
+    Path(name.partition(":")[0]).touch()  # the longer name is meant
     assert edit.place_and_text(f"{name}:add: a red star") == (name, "add: a red star")
 
 
