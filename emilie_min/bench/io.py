@@ -8,9 +8,8 @@ from typing import get_args
 
 from PIL import Image
 
+from ..canvas.pictures import formats
 from ..errors import BenchError, first_line, printable
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # PIL hands others, such as EPS, to further programs
 
 
 class Blank(str):
@@ -78,7 +77,7 @@ def fault(value: object, shape: Shape, at: str = "") -> str | None:
 def open_picture(path: str | Path) -> Image.Image:
     """A picture file as it is, of any mode. Raises BenchError."""
     try:
-        with Image.open(path, formats=FORMATS) as file:
+        with Image.open(path, formats=formats()) as file:
             file.load()
             return file
     except Exception as error:  # PIL's plugins raise OSError, SyntaxError, struct.error, ... on broken files
