@@ -1,4 +1,4 @@
-"""The numbers of notebooks/bench/README.md are those of the reports beside it, and these follow from their CSV files."""
+"""The numbers of notebooks/bench/README.md are those of the reports beside it, which follow from their CSV files."""
 
 import csv
 import re
