@@ -241,6 +241,16 @@ def test_a_run_is_on_disk_and_says_what_it_was(bench, mine, tmp_path):
         assert (outcome.mask is None) == (turn.mask is None)
 
 
+def test_a_method_is_told_what_each_turn_s_picture_shows_before(bench, tmp_path):
+    path = tmp_path / "told.py"
+    path.write_text(MINE.replace('notes={"n": len(chain.requests)}', 'notes={"before": request.before}'))
+    done = run(bench, [f"{path}:Mine"], tmp_path / "run", [0], RANDOM)
+    for item in done.items:
+        captions = [item.caption, *(turn.caption for turn in item.turns)]
+        told = [done.outcome(f"{path}:Mine", 0, item.id, turn).notes["before"] for turn in (1, 2)]
+        assert told == captions[:2] and len(set(captions)) == 3
+
+
 def test_noise_is_keyed_by_seed_and_item_and_shared_by_methods():
     known = {noise_seed(seed, item) for seed in range(5) for item in ("0001", "0002", "10001")}
     assert len(known) == 15 and all(0 <= seed < 2**63 for seed in known)

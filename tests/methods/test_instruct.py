@@ -125,6 +125,13 @@ def test_the_pictures_between_are_truncated_and_instructions_joined_by_a_comma_u
     assert truncated.tobytes() == told[-1].image.tobytes()
 
 
+def test_a_comma_joins_instructions_in_what_the_model_is_told(editor, picture, monkeypatch):
+    told, tokenize = [], editor.text.tokenize  # the small model's words leave punctuation out, CLIP's do not
+    monkeypatch.setattr(editor.text, "tokenize", lambda texts, **more: told.append(texts[0]) or tokenize(texts, **more))
+    follow(Concatenated(editor, **SCALES), picture, [Request(NIGHT), Request(DAY)])
+    assert told == [NIGHT, f"{NIGHT}, {DAY}"]
+
+
 def test_emilie_is_asked_for_nothing_only_by_a_benchmark(editor, picture):
     (chain,) = follow(Emilie(editor, **SCALES), picture, [Request("")])
     canvas = emilie.open(picture, editor, seed=5)
