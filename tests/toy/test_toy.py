@@ -6,10 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import emilie_min as emilie
-from emilie_min.app import cli
 from emilie_min.toy import evaluate, world
 
 WEIGHTS = Path(__file__).parents[2] / "weights" / "toy.safetensors"
@@ -56,16 +54,6 @@ def test_the_text_to_image_model_draws_what_a_caption_says():
     assert all(torch.equal(own[key], shared[key]) for key in shared)
     with pytest.raises(emilie.EmilieError, match="4 channels"):
         emilie.open(world.render(world.scene(0)), editor)
-
-
-def test_demo(tmp_path, capsys):
-    assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 0
-    out = capsys.readouterr().out
-    names = ["0_input.png", "1.png", "2.png", "3.png", "4.png", "strip.png"]
-    assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == names
-    assert all(name in out for name in names) and "of 4 pictures" in out
-    strip = Image.open(tmp_path / "demo" / "strip.png")
-    assert strip.width > 5 * 256 and strip.height > 256
 
 
 def test_evaluation_writes_its_figures(editor, tmp_path, monkeypatch):
