@@ -161,6 +161,7 @@ BASE = {"text_scale": 3.0, "image_scale": 1.5, "steps": 3}
         {"sampler": "dpmpp_2m_sde"},
         {"guidance_interval": (5.0, 100.0)},
         {"reuse": 2},
+        {"reuse_guidance": 0.3},
     ],
     ids=str,
 )

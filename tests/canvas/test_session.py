@@ -82,7 +82,7 @@ def test_a_session_of_the_first_version_opens_goes_on_and_undoes(shipped, name, 
     settings = canvas.states[1].settings
     changes = {key: settings[key] for key in ("steps", "text_scale", "image_scale", "gate")}
     canvas.edit(canvas.states[1].regions or NIGHT, None if canvas.states[1].regions else LEFT, **changes)
-    assert canvas.state.settings == settings | {"reuse_guidance": None}  # the same keys, with the same meanings
+    assert settings.items() <= canvas.state.settings.items()  # the same keys, with the same meanings
 
 
 def test_sessions_of_one_mask_are_what_they_were(editor, canvas, tmp_path):

@@ -21,6 +21,8 @@ from emilie_min.errors import SamplingError
         {"steps": 2.5},
         {"reuse": 0},
         {"reuse": 1.5},
+        {"reuse_guidance": 1.5},
+        {"reuse_guidance": "often"},
         {"seed": 5.0},
         {"text_scale": float("nan")},
         {"image_scale": "much"},
