@@ -21,7 +21,8 @@ from emilie_min.checkpoint import download
 from emilie_min.errors import TokenizerError
 
 CHUNK = 100_000  # in which the client writes to the disk; 10 MB by default
-WEIGHTS, VOCAB = os.urandom(3_000_000), b'{"<|endoftext|>": 49407}'
+WEIGHTS = os.urandom(2_999_999) + b"."  # ends unlike the wrong file of a test
+VOCAB = b'{"<|endoftext|>": 49407}'
 SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
 NAME = download.WEIGHTS
 FILES = {
