@@ -209,6 +209,23 @@ def test_out_of_memory_while_warming_up(card, plain, graphed, monkeypatch):
     assert len(card.pools) == 2  # a dropped pool's handle is not used again
 
 
+@torch.no_grad()
+def test_what_is_forgotten_is_recorded_anew_in_memory_of_its_own(card, plain):
+    graphs = Graphs(CPU)
+    for _ in range(2):
+        graphs(call, plain.unet, *inputs(plain))
+        graphs.clear()
+        assert not graphs.kept and card.log[-2:] == ["synchronize", "empty"]
+    assert captures(card) == 2 and len(card.pools) == 2  # a handle whose graphs are gone is not used again
+
+
+@torch.no_grad()
+def test_two_ways_to_call_a_network_are_two_graphs(card, plain):
+    graphs, given = Graphs(CPU), inputs(plain)
+    once = graphs(call, plain.unet, *given)
+    assert torch.equal(graphs(lambda unet, *x: 2 * unet(*x), plain.unet, *given), 2 * once)
+
+
 def test_the_networks_own_errors_are_raised_once(card, graphed, monkeypatch):
     calls = []
 
@@ -238,11 +255,16 @@ def test_what_needs_room_gets_that_of_the_graphs(card, graphed):
     assert graphed.graphs.with_room(decode, 5) == 5 and len(tries) == 2
     graphed.graphs.kept.clear()
 
+    nevers = []
+
     def never(z):
+        nevers.append(1)
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        graphed.graphs.with_room(never, 5)
+    for _ in range(2):
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            graphed.graphs.with_room(never, 5)
+    assert len(nevers) == 2  # without graphs there is nothing to be had by trying again
 
 
 def test_a_call_from_another_thread_and_a_second_editor(card, plain, graphed):

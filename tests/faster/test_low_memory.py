@@ -89,9 +89,11 @@ def test_a_network_comes_when_the_others_have_left_and_nothing_moves_needlessly(
     editor = LowMemoryEditor(small_config, **networks, device=torch.device("meta"))
     where: dict[str, str] = {}
     moves: list[str] = []
+    asked: list[torch.nn.Module] = []
     names = {id(network): name for name, network in networks.items()}
 
     def to(network, device):
+        asked.append(network)
         if where.get(names[id(network)], "cpu") != torch.device(device).type:
             where[names[id(network)]] = torch.device(device).type
             moves.append(names[id(network)])
@@ -114,6 +116,9 @@ def test_a_network_comes_when_the_others_have_left_and_nothing_moves_needlessly(
         counts.append(len(moves) - before)
     assert counts[1] == counts[2] <= counts[0] + 1
     assert counts[1] == 6  # three networks come, and three leave
+    before = len(asked)
+    editor.bring(networks["vae"])
+    assert len(asked) == before  # it is there
     editor.unet = DeepCache(networks["unet"], 2)  # type: ignore[assignment]
     editor.bring(editor.network)
     assert where == {"vae": "cpu", "text": "cpu", "unet": "meta"}
