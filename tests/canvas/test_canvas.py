@@ -108,6 +108,15 @@ def test_rescales(editor, canvas):
     assert len(canvas.history) == 1
 
 
+def test_a_state_keeps_the_f_that_led_to_it(editor, canvas):
+    canvas.edit(NIGHT, **FAST)
+    f = canvas.image_latent()[1]
+    canvas.edit(DAY, **FAST)
+    assert canvas.state.f == f > 0
+    canvas.edit(NIGHT, rescale="exact", **FAST)
+    assert canvas.state.f == 1 / editor.scale_factor
+
+
 def test_image_iteration_starts_from_the_picture_and_anchors_to_it(editor, canvas):
     canvas.edit(NIGHT, **FAST)
     latent = canvas.latent
@@ -277,6 +286,10 @@ def test_undo_redo_branch(canvas):
     for bad in (-1, 4, "1"):
         with pytest.raises(CanvasError, match="no state"):
             canvas.branch(bad)
+    canvas.undo()
+    canvas.edit(DAY, **FAST)
+    with pytest.raises(CanvasError, match="nothing to redo"):
+        canvas.redo()  # what was undone before an edit is another branch
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import emilie_min as emilie
 from emilie_min import sampling
 from emilie_min.errors import CanvasError, ImageError
+from emilie_min.toy import world
 
 FAST = {"steps": 2}
 NIGHT, DAY, COMIC = "make it night", "make it day", "turn it into a comic"
@@ -128,6 +129,15 @@ def test_a_session_is_told_by_what_it_holds_and_keeps_its_seed_and_size(editor, 
     for more in ({"seed": 5}, {"resolution": 64}):
         with pytest.raises(CanvasError, match="leave them out"):
             emilie.open(tmp_path / "named otherwise", editor, **more)
+
+
+def test_a_session_knows_how_its_picture_was_fitted(editor, tmp_path):
+    for resolution in (64, "native"):
+        canvas = emilie.open(world.render(world.scene(3)).resize((70, 75)), editor, resolution=resolution)
+        canvas.save(tmp_path / "c.safetensors")
+        other = emilie.open(tmp_path / "c.safetensors", editor)
+        assert other.native == canvas.native == (resolution == "native") and other.original_size == (70, 75)
+        assert other.read_mask((40, 40, 50, 50))[0] == canvas.read_mask((40, 40, 50, 50))[0]
 
 
 def test_another_model_warns_and_one_of_other_latents_is_refused(editor, canvas, tmp_path):
