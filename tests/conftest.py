@@ -78,3 +78,15 @@ def photo(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     world.render(world.scene(3)).save("photo.png")
     return Path("photo.png")
+
+
+@pytest.fixture(scope="session")
+def editor():
+    """The small model's editor with random weights; shared by all tests, so not to be changed."""
+    return emilie.load("random", "toy", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """A scene of the small world."""
+    return world.render(world.scene(3))

@@ -52,22 +52,11 @@ class Emilie(Method):
             canvas.states.append(State(past.instruction, chain.latent, chain.image, parent=canvas.at))
             canvas.at = len(canvas.states) - 1
         mask = request.mask if self.masks else None
-        image = canvas.edit(
-            request.instruction,
-            mask,
-            steps=self.steps,
-            text_scale=self.text_scale,
-            image_scale=self.image_scale,
-            gate=self.gate,
-            rescale=self.rescale,
-            iterate=self.iterate,
-            keep_background=self.keep_background and mask is not None,
-            sampler=self.sampler,
-            guidance_interval=self.guidance_interval,
-            reuse=self.reuse,
-            reuse_guidance=self.reuse_guidance,
-            allow_empty=not request.instruction,  # a benchmark's items that ask for nothing
-        )
+        special = {
+            "keep_background": self.keep_background and mask is not None,
+            "allow_empty": not request.instruction,  # a benchmark's items that ask for nothing
+        }
+        image = canvas.edit(request.instruction, mask, **changes(self) | special)
         state = canvas.state
         return replace(
             chain,
@@ -137,9 +126,12 @@ def settle(method: Method) -> Settings:
     check_can_edit(method.editor)
     if getattr(method, "pixels", "round") not in ("truncate", "round", "float"):
         raise SamplingError(f"pixels must be truncate, round or float, not {method.pixels!r}")
-    own = {field.name for field in fields(Settings)}
-    given = {name: getattr(method, name) for name in own if hasattr(method, name)}
-    return Settings(**given).resolve(method.editor.config.sampling, 0)
+    return Settings(**changes(method)).resolve(method.editor.config.sampling, 0)
+
+
+def changes(method: Method) -> dict[str, object]:
+    """What a method sets of an edit's `Settings`: the fields that it has too."""
+    return {field.name: getattr(method, field.name) for field in fields(Settings) if hasattr(method, field.name)}
 
 
 @torch.no_grad()

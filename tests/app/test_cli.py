@@ -128,11 +128,6 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def editor():
-    return emilie.load("random", "toy", device="cpu")
-
-
 def test_every_setting_is_an_option():
     assert {field.name for field in fields(Settings)} == {*OPTIONS, "allow_empty"}
     assert all(value != getattr(Settings(), name) for name, value in OPTIONS.items())

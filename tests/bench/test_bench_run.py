@@ -49,16 +49,6 @@ class Mine(Method):
 
 
 @pytest.fixture(scope="module")
-def editor():
-    return emilie.load("random", "toy", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def picture():
-    return world.render(world.scene(3))
-
-
-@pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "imie"
     data.make(folder, scenes=3, turns=2)

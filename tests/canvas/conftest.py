@@ -1,14 +1,9 @@
-"""Fixtures: an editor on random weights, which is all that most of a session needs, and a canvas of it."""
+"""Fixtures: a canvas of an editor on random weights, which is all that most of a session needs."""
 
 import pytest
 
 import emilie_min as emilie
 from emilie_min.toy import world
-
-
-@pytest.fixture(scope="session")
-def editor():
-    return emilie.load("random", "toy", device="cpu")
 
 
 @pytest.fixture

@@ -11,21 +11,10 @@ from emilie_min.canvas import images
 from emilie_min.errors import CheckpointError, SamplingError
 from emilie_min.methods.base import Request
 from emilie_min.methods.instruct import Concatenated, Emilie, IterativeInstructPix2Pix
-from emilie_min.toy import world
 
 NIGHT, DAY, COMIC = "make it night", "make it day", "turn it into a comic"
 SCALES = {"steps": 2, "text_scale": 3.0, "image_scale": 1.5}
 SHAPE = (1, 4, 16, 16)
-
-
-@pytest.fixture(scope="module")
-def editor():
-    return emilie.load("random", "toy", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def picture():
-    return world.render(world.scene(3))
 
 
 def left_half() -> Image.Image:

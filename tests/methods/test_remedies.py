@@ -4,27 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-import emilie_min as emilie
 from emilie_min.canvas import images
 from emilie_min.errors import SamplingError
 from emilie_min.methods.base import Request
 from emilie_min.methods.controls import Autoencoder, Untouched
 from emilie_min.methods.instruct import IterativeInstructPix2Pix
 from emilie_min.methods.remedies import LowPass, PasteBack, smooth
-from emilie_min.toy import world
 
 SETTINGS = {"steps": 2, "text_scale": 3.0, "image_scale": 1.5}
 REQUESTS = [Request("make it night"), Request("make it day"), Request("")]
-
-
-@pytest.fixture(scope="module")
-def editor():
-    return emilie.load("random", "toy", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def picture():
-    return world.render(world.scene(3))
 
 
 def follow(method, picture, requests=REQUESTS):
