@@ -16,7 +16,7 @@ from ..faster.deepcache import reuse_deep_features
 from ..faster.dpmpp import sample_dpmpp_2m
 from ..faster.guidance_reuse import reuse_guidance
 from ..faster.interval import guidance_interval
-from ..sampling import Denoise, Scale, Step, get_sigmas, noise_stream, sample_euler_ancestral
+from ..sampling import Denoise, Noise, Scale, Step, get_sigmas, noise_stream, sample_euler_ancestral
 from . import images, regions, session, settings
 from .images import Mask
 from .settings import Settings, as_int
@@ -103,12 +103,13 @@ class Canvas:
         return path[::-1]
 
     def edit(
-        self, instruction: str | Sequence[tuple[str, Mask | None]], mask: Mask | None = None, **changes
+        self, instruction: str | Sequence[tuple], mask: Mask | None = None, **changes
     ) -> Image.Image:
         """Follow an instruction, inside a mask if there is one, and make the result the current state.
 
         instruction: a text, or several as [(text, mask), ...], followed in one pass (n + 2 network branches a step):
         each in its mask, sharing where masks overlap, see `regions.partition`; one mask may be None, everywhere else.
+        A third part, {"text_scale": 1.2}, is what that region sets for itself, of `settings.OWN`.
         mask: picture, array or box, see `images.read_mask`. changes: fields of `Settings`. An edit that fails changes
         nothing. Raises EmilieError.
         """
@@ -117,24 +118,25 @@ class Canvas:
         return self.image
 
     def steps(
-        self, instruction: str | Sequence[tuple[str, Mask | None]], mask: Mask | None = None, **changes
+        self, instruction: str | Sequence[tuple], mask: Mask | None = None, **changes
     ) -> Iterator[Step]:
         """`edit`, step by step: what is given is checked at once, the state is added after the last step.
 
         Whoever stops in between leaves the canvas as it was.
         """
         settings = Settings(**changes).resolve(self.editor.config.sampling, self.seed)
-        texts, given = regions.read(instruction, mask, settings.allow_empty)
+        texts, given, own = regions.read(instruction, mask, settings.allow_empty)
         masks, shares, union = self.read_regions(given, settings.soft)
         if union is None and settings.keep_background:
             raise MaskError("keep_background needs a mask for every instruction: without one there is no background")
-        self.editor.text.tokenize(texts)
-        return self._steps(texts, masks, shares, union, settings)
+        self.editor.text.tokenize(regions.terms(texts, own, shares, settings)[0])
+        return self._steps(texts, masks, own, shares, union, settings)
 
     def _steps(
         self,
         texts: list[str],
         masks: list[Image.Image | None],
+        own: list[dict],
         shares: Tensor,
         union: Tensor | None,
         settings: Settings,
@@ -142,16 +144,20 @@ class Canvas:
         editor, at, parent, depth = self.editor, self.at, self.state, len(self.history)
         with explain_oom(f"at {parent.image.width}x{parent.image.height} px: lower --resolution"):
             z_img, f = self.image_latent(settings.rescale, settings.iterate)
-            steps = editor.steps(
-                self.denoiser(z_img, texts, shares, union, settings),
-                get_sigmas(settings.steps, editor.alphas_cumprod),
-                self.z_init,
-                noise_stream(tuple(self.z_init.shape), settings.seed, "edit", depth),
-                parent.latent if settings.iterate == "latent" else editor.scale_factor * z_img,
-                union,
-                settings.gate,
-                SAMPLERS[settings.sampler],
-            )
+            source = parent.latent if settings.iterate == "latent" else editor.scale_factor * z_img
+            sigmas, sampler = get_sigmas(settings.steps, editor.alphas_cumprod), SAMPLERS[settings.sampler]
+
+            def noise() -> Noise:
+                seeds = [each.get("seed", settings.seed) for each in own]
+                streams = [noise_stream(tuple(self.z_init.shape), seed, "edit", depth) for seed in seeds]
+                return streams[0] if len(set(seeds)) == 1 else regions.noise_of_each(streams, shares)
+
+            alone = None
+            if len(texts) > 1:
+                where = [y if y is None else y.to(editor.device) for y in (shares, union, source)]
+                alone = regions.as_it_was(*where, sigmas, self.z_init, noise(), sampler)
+            denoise = self.denoiser(z_img, texts, own, shares, union, settings, alone)
+            steps = editor.steps(denoise, sigmas, self.z_init, noise(), source, union, settings.gate, sampler)
             for step in steps:
                 yield step
             latent = step.x.cpu()
@@ -164,30 +170,44 @@ class Canvas:
         if settings.keep_background:
             image = images.paste_back(image, parent.image, pixels, feather=editor.vae.factor // 2)
         several = list(zip(texts, masks)) if len(texts) > 1 else []
-        self.states.append(State(" + ".join(texts), latent, image, at, pixels, settings.record(), f, several))
+        record = settings.record() | ({"own": own} if any(own) else {})
+        self.states.append(State(" + ".join(texts), latent, image, at, pixels, record, f, several))
         self.at, self.redo_stack = len(self.states) - 1, []
 
     def denoiser(
-        self, z_img: Tensor, texts: list[str], shares: Tensor, union: Tensor | None, settings: Settings
+        self,
+        z_img: Tensor,
+        texts: list[str],
+        own: list[dict],
+        shares: Tensor,
+        union: Tensor | None,
+        settings: Settings,
+        alone: regions.Own | None = None,
     ) -> Denoise:
-        """The method's `Editor.denoise` for one edit, with what the settings attach to it from outside."""
+        """The method's `Editor.denoise` for one edit, with what the settings attach to it from outside.
+
+        alone: `regions.as_it_was`, of several instructions.
+        """
         editor = self.editor if settings.reuse == 1 else reuse_deep_features(self.editor, settings.reuse)
-        *conds, null = editor.context([*texts, ""]).split(1)
+        z_img, shares = z_img.to(editor.device), shares.to(editor.device)
+        said, weights, whose, *scales = regions.terms(texts, own, shares, settings)
+        *conds, null = editor.context([*said, ""]).split(1)
         if settings.reuse_guidance is not None:
             editor = reuse_guidance(editor, null, round(settings.reuse_guidance * settings.steps))
-        z_img, shares = z_img.to(editor.device), shares.to(editor.device)
 
-        def guided(text_scale: Scale, image_scale: float) -> Denoise:
+        def guided(weights: Tensor, text_scale: Scale, image_scale: Scale) -> Denoise:
             if union is not None and settings.gate == "guidance":
                 text_scale = union.to(editor.device) * text_scale
-            if len(conds) > 1:
-                return regions.denoiser(editor, z_img, conds, null, shares, text_scale, image_scale)
+            if (k := len(weights)) > 1:
+                each = None if alone is None else lambda x, sigma: regions.pick(x, alone(x, sigma), whose[:k])
+                return regions.denoiser(editor, z_img, conds[:k], null, weights, text_scale, image_scale, each)
             return lambda x, sigma: editor.denoise(x, sigma, z_img, conds[0], null, text_scale, image_scale)
 
-        denoise = guided(settings.text_scale, settings.image_scale)
+        denoise = guided(weights, *scales)
         if settings.guidance_interval is not None:
             gated = union is not None and settings.gate == "guidance"
-            outside = guided(1.0, 1.0) if gated else regions.unguided(editor, z_img, conds, shares)
+            only = conds[: len(texts)]
+            outside = guided(shares, 1.0, 1.0) if gated else regions.unguided(editor, z_img, only, shares, alone)
             denoise = guidance_interval(denoise, outside, *settings.guidance_interval)
         return denoise
 

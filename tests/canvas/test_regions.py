@@ -179,11 +179,11 @@ def test_outside_all_regions_the_anchor_keeps_the_latent_to_the_bit(canvas):
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_one_instruction_in_every_region_is_that_instruction_in_their_union(editor, gate):
+def test_one_instruction_in_every_region_is_that_instruction_in_their_union(pointwise, gate):
     grey = area(16, 0, 48, 64, 120)
-    regions = latent_of(editor, [(NIGHT, LEFT), (NIGHT, grey)], soft=True, gate=gate)
+    regions = latent_of(pointwise, [(NIGHT, LEFT), (NIGHT, grey)], soft=True, gate=gate)
     union = Image.fromarray(np.maximum(LEFT, grey))
-    assert torch.allclose(regions, latent_of(editor, NIGHT, union, soft=True, gate=gate), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(regions, latent_of(pointwise, NIGHT, union, soft=True, gate=gate), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -253,7 +253,7 @@ def test_what_is_no_instruction(instruction, mask, error):
 
 
 def test_an_empty_instruction_where_it_is_allowed(canvas):
-    assert regions.read("", None, allow_empty=True) == ([""], [None])
+    assert regions.read("", None, allow_empty=True) == ([""], [None], [{}])
     canvas.edit("", allow_empty=True, **FAST)
     assert canvas.state.instruction == ""
 
