@@ -1,8 +1,11 @@
 """Several instructions in one pass, each in its region: the energies of Eq. 7 added, in shares that sum to 1."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from typing import NamedTuple
 
 import torch
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from ..emilie import Editor
@@ -12,6 +15,21 @@ from .images import Mask
 from .settings import OWN, Settings
 
 Own = Callable[[Tensor, float], list[Tensor]]
+
+
+class Asked(NamedTuple):
+    """What an edit is asked: instructions, their masks and own settings, and `partition` of the masks."""
+
+    texts: list[str]
+    masks: list[Image.Image | None]
+    own: list[dict]
+    shares: Tensor
+    union: Tensor | None
+
+
+def joined(asked: Asked) -> Image.Image | None:
+    """The union of an edit's masks at working size; None: everywhere."""
+    return None if asked.union is None else reduce(ImageChops.lighter, asked.masks)
 
 
 def partition(masks: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
@@ -39,7 +57,7 @@ def denoiser(
     image_scale: Scale,
     own: Own | None = None,
 ) -> Denoise:
-    """`Editor.denoise` for n instructions at once, n + 2 branches a step: cond - img_cond is the sum of theirs, weighted.
+    """`Editor.denoise` for n instructions at once, n + 2 branches a step: cond is the sum of theirs, weighted.
 
     conds: n times (1, 77, D); shares: (n, B or 1, 1, h, w), what each weighs in every cell. Where they sum to 1 cond is
     their mean; a negative one is an energy subtracted (composable diffusion, Liu et al. 2022). own: (x, sigma) -> each
@@ -57,9 +75,7 @@ def denoiser(
     return denoise
 
 
-def unguided(
-    editor: Editor, z_img: Tensor, conds: list[Tensor], shares: Tensor, own: Own | None = None
-) -> Denoise:
+def unguided(editor: Editor, z_img: Tensor, conds: list[Tensor], shares: Tensor, own: Own | None = None) -> Denoise:
     """What the instructions alone lead to, without guidance: n branches."""
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -72,7 +88,7 @@ def unguided(
 def terms(
     texts: list[str], own: list[dict], shares: Tensor, settings: Settings
 ) -> tuple[list[str], Tensor, list[int | None], Scale, Scale]:
-    """What guidance adds up: texts, each one's weight in every cell, whose x it sees (None: the common one), two scales.
+    """What guidance adds up: texts, each one's weight in every cell, whose x it sees (None: the common one); scales.
 
     First the n instructions, then what they avoid themselves, then what the settings add.
     """
@@ -99,7 +115,13 @@ def shared(shares: Tensor, denoised: Sequence[Tensor | float]) -> Tensor:
 
 
 def as_it_was(
-    shares: Tensor, union: Tensor | None, source: Tensor, sigmas: Tensor, noise_init: Tensor, noise_sampler: Noise, sampler: Sampler
+    shares: Tensor,
+    union: Tensor | None,
+    source: Tensor,
+    sigmas: Tensor,
+    noise_init: Tensor,
+    noise_sampler: Noise,
+    sampler: Sampler,
 ) -> Own:
     """An x for each instruction: where it has a share the common x, elsewhere the source under the same noise.
 
@@ -114,7 +136,7 @@ def as_it_was(
 
 
 def noise_of_each(noises: Sequence[Noise], shares: Tensor) -> Noise:
-    """In every cell the noise of the instruction with the largest share: of unit variance, which a mean would not be."""
+    """In every cell the noise of the instruction with the largest share: of unit variance, as a mean would not be."""
     strongest = shares.argmax(0)
 
     def noise(*levels: float) -> Tensor:
