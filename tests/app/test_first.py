@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import emilie_min as emilie
 from emilie_min.canvas.photo import changed
-from emilie_min.toy import judge, world
+from emilie_min.toy import judge
 
 NIGHT = "make it night"
 
