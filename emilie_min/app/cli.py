@@ -9,7 +9,7 @@ from pathlib import Path
 from ..bench.cli import add_commands, whole
 from ..errors import EmilieError
 from ..speed.cli import add_options, run_speed
-from . import demo, edit
+from . import demo, edit, language
 from .options import EMA_CHOICES, EMA_HELP, add_model_options, add_path_options, load_editor, writable
 
 
@@ -25,8 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # what a console cannot show is escaped, and nothing more depends on it
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    top = parser()
-    args, rest = top.parse_known_args(argv)
+    top, given = parser(), sys.argv[1:] if argv is None else argv
+    if not given:
+        print(language.FIRST)
+        return 0
+    if told := language.not_a_command(given[0]):
+        top.error(told)
+    args, rest = top.parse_known_args(given)
     if args.command == "edit" and not any(word.startswith("-") for word in rest):
         args.instructions, rest = args.instructions + rest, []  # argparse stops at the first option in between
     if rest:
@@ -75,11 +80,11 @@ def parser() -> Parser:
     page.add_argument("--port", type=int, default=7860, help="default: 7860; 0 takes any free one")
     page.add_argument("--open", action="store_true", help="open the browser too")
     page.add_argument("--auth", metavar="USER:PASSWORD", help="who may come in (beyond this computer default: a link)")
-    add_model_options(page)
+    add_model_options(page, find=True)
     add_path_options(page)
 
-    info = command("info", run_info, "Tell what a weight file is: families, dtype, size, which model it fits.")
-    info.add_argument("file", type=Path)
+    info = command("info", run_info, "Tell what a weight file is and which model it fits, or how a picture was made.")
+    info.add_argument("file", type=Path, help="weights, or a PNG that `emilie edit` wrote")
     info.add_argument("--sha256", action="store_true", help="also hash the file and say whether it is the released one")
 
     convert = command("convert", run_convert, "Write the one family of weights that inference needs, about 2.1 GB.")
@@ -117,9 +122,10 @@ def run_studio(args: argparse.Namespace) -> None:
 
 
 def run_info(args: argparse.Namespace) -> None:
+    from ..canvas import about
     from ..checkpoint.info import info
 
-    print(info(args.file, sha256=args.sha256))
+    print(about.lines(args.file) if about.is_png(args.file) else info(args.file, sha256=args.sha256))
 
 
 def run_convert(args: argparse.Namespace) -> None:

@@ -43,6 +43,7 @@ def write(canvas, path: str | Path) -> None:
         "original_size": canvas.original_size,
         "native": canvas.native,
         **({} if canvas.turned is None else {"turned": canvas.turned}),
+        **({} if canvas.part is None else {"part": canvas.part}),
         "at": canvas.at,
         "undone": canvas.redo_stack,
         "states": [
@@ -89,6 +90,7 @@ def read(path: str | Path, editor: Editor) -> dict:
             "original_size": tuple(about["original_size"]),
             "native": about["native"],
             "turned": about.get("turned"),
+            "part": None if about.get("part") is None else tuple(about["part"]),
             "z_init": tensors["z_init"],
             "z_img": tensors["z_img"],
             "states": states,
