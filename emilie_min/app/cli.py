@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run a command line; the exit code: 0, 2 for bad input, 130 when interrupted, 1 by a red check."""
     for stream in (sys.stdout, sys.stderr):  # what a console cannot show is escaped, and nothing more depends on it
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -42,8 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             warnings.simplefilter("always", UserWarning)
             told: set[str] = set()
             warnings.showwarning = lambda message, *_: tell_once(str(message), told)
-            args.run(args)
-        return 0
+            return args.run(args) or 0
     except EmilieError as error:
         print(f"emilie: error: {error}", file=sys.stderr)
     except OSError as error:
@@ -75,6 +74,12 @@ def parser() -> Parser:
     demo.add_options(command("demo", demo.run, about))
     about = "Edit a picture by one instruction after another, each anywhere or in a mask."
     edit.add_options(command("edit", edit.run, about))
+
+    about = "Tell in a minute or two whether this machine with these weights is all right; 1 where something is red."
+    well = command("check", run_check, about)
+    well.add_argument("--json", action="store_true", help="for programs")
+    add_model_options(well, find=True)
+    add_path_options(well)
 
     page = command("studio", run_studio, "Edit on a page in the browser: paint where, say what, undo, branch, save.")
     page.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this computer only)")
@@ -124,6 +129,12 @@ def run_studio(args: argparse.Namespace) -> None:
     studio(load_editor(args), args.host, args.port, args.open, args.auth)
 
 
+def run_check(args: argparse.Namespace) -> int:
+    from . import check
+
+    return check.run(args)
+
+
 def run_info(args: argparse.Namespace) -> None:
     from ..canvas import about
     from ..checkpoint.info import info
@@ -148,7 +159,7 @@ def run_download(args: argparse.Namespace) -> None:
         print(download(args.out, tokenizer_only=True))
         return
     path = ready(args.out, args.keep, tell=partial(print, flush=True))
-    print(f'ready: {path}. Now: emilie edit photo.jpg "make it winter"')
+    print(f'ready: {path}. Now: emilie check, then emilie edit photo.jpg "make it winter"')
 
 
 def run_toy_eval(args: argparse.Namespace) -> None:
