@@ -4,9 +4,10 @@ import argparse
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from ..canvas.settings import CHOICES, Settings
@@ -76,7 +77,7 @@ def resolution(text: str) -> int | str:
 def run(args: argparse.Namespace) -> None:
     from ..canvas import images
     from ..canvas.canvas import open as open_canvas
-    from ..canvas.session import is_session
+    from ..canvas.session import is_session, start
     from ..canvas.strip import strip
 
     changes = {name: getattr(args, name) for name in HELP}
@@ -116,7 +117,11 @@ def run(args: argparse.Namespace) -> None:
     stem = Path(args.input).stem if args.input is not None else args.canvas.name.removesuffix(".safetensors")
     stem = stem.removesuffix(".canvas") if args.input is None else stem
     first = len(canvas.states)
-    with claimed(folder, stem, range(first, first + len(edits)), going_on, args.canvas) as (name, session):
+    begin = partial(start, canvas)
+    with (
+        claimed(folder, stem, range(first, first + len(edits)), going_on, args.canvas, begin) as (name, session),
+        gone_without_edits(None if going_on else session, canvas),
+    ):
         cells = [(canvas.image, "input" if canvas.at == 0 else canvas.state.instruction, None)]
         for i, regions in enumerate(edits, 1):
             masked = all(mask is not None for _, mask in regions)
@@ -187,46 +192,55 @@ def looks_like_a_file(text: str) -> bool:
 
 
 @contextmanager
-def claimed(folder: Path, stem: str, numbers: range, going_on: bool, canvas: Path | None) -> Iterator[tuple[str, Path]]:
+def claimed(
+    folder: Path, stem: str, numbers: range, going_on: bool, canvas: Path | None, begin: Callable[[Path], bool]
+) -> Iterator[tuple[str, Path]]:
     """A name for the files of this run and where its session goes, taken before anything is computed.
 
     `stem`, or `stem-2`, ...: the first of which no file is there, so that no run overwrites another, also none at the
     same time: each file is made, empty, by the run that gets it, and goes at the end if it is still empty. numbers: of
-    the pictures; those of a session that goes on may stand beside its earlier ones. Raises CanvasError.
+    the pictures; those of a session that goes on may stand beside its earlier ones. begin: makes the session's file,
+    without edits, or says that one is there. Raises CanvasError.
     """
     while len(os.fsencode(stem)) > LONGEST_STEM:
         stem = stem[:-1]
     count = 1
     while True:
         name = stem if count == 1 else f"{stem}-{count}"
-        session = canvas or folder / f"{name}.canvas.safetensors"
+        session = canvas or folder / f"{name}.canvas"
         strip = folder / (f"{name}_{numbers[-1]}_strip.png" if going_on else f"{name}_strip.png")
         paths = [folder / f"{name}_{number}.png" for number in numbers] + [strip]
         taken = not going_on and any(folder.glob(f"{glob.escape(name)}_[0-9]*.png"))
-        made = [] if taken else make_new(paths if going_on or canvas else [*paths, session])
-        if made:
-            break
+        made = [] if taken else make_new(paths)
+        try:
+            if made and (going_on or begin(fits(session))):
+                yield name, session
+                return
+        finally:
+            for path in made:
+                if path.exists() and not path.stat().st_size:
+                    path.unlink()
+        if made and canvas:
+            raise CanvasError(f"{canvas} was made by another run meanwhile: name another file with --canvas")
         count += 1
+
+
+@contextmanager
+def gone_without_edits(session: Path | None, canvas) -> Iterator[None]:
+    """A session's file goes where not even the first edit was made."""
     try:
-        if canvas and not going_on:
-            if not make_new([canvas]):
-                raise CanvasError(f"{canvas} was made by another run meanwhile: name another file with --canvas")
-            made.append(canvas)
-        yield name, session
+        yield
     finally:
-        for path in made:
-            if path.exists() and not path.stat().st_size:
-                path.unlink()
+        if session is not None and len(canvas.states) == 1:
+            session.unlink(missing_ok=True)
 
 
 def make_new(paths: list[Path]) -> list[Path]:
     """Empty files at all of these paths; at none, and [], where one is there already. Raises CanvasError."""
     made: list[Path] = []
     for path in paths:
-        if len(os.fsencode(path.name)) > LONGEST_NAME:
-            raise CanvasError(f"the name {printable(path.name, 60)} is too long for a file: choose a shorter one")
         try:
-            path.open("xb").close()
+            fits(path).open("xb").close()
         except OSError as error:
             for each in made:
                 each.unlink()
@@ -235,3 +249,10 @@ def make_new(paths: list[Path]) -> list[Path]:
             raise CanvasError(f"cannot write {printable(path)}: {error.strerror}") from error
         made.append(path)
     return made
+
+
+def fits(path: Path) -> Path:
+    """A path whose last name is short enough for a file. Raises CanvasError."""
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise CanvasError(f"the name {printable(path.name, 60)} is too long for a file: choose a shorter one")
+    return path
