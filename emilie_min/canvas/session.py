@@ -32,6 +32,7 @@ from ..checkpoint.schema import Blank, fault, parse, quote, strange
 from ..checkpoint.writing import alone_in, atomic_path
 from ..emilie import Editor
 from ..errors import CanvasError, first_line, note, printable
+from .images import read_part
 from .pictures import LONGEST, TURNS
 from .settings import Settings
 from .state import State
@@ -50,6 +51,7 @@ HEAD = {
     "original_size": [int],
     "native": bool,
     "turned?": int,
+    "part?": [int],
     "at": int,
     "undone": [int, ...],
 }
@@ -206,6 +208,7 @@ def _fill(db: sqlite3.Connection, canvas) -> int:
         "original_size": canvas.original_size,
         "native": canvas.native,
         **({} if canvas.turned is None else {"turned": canvas.turned}),
+        **({} if canvas.part is None else {"part": canvas.part}),
         "at": place[canvas.at],
         "undone": [place[i] for i in canvas.redo_stack],
         "states": len(numbers),
@@ -277,6 +280,7 @@ def read(path: str | Path, editor: Editor) -> dict:
         "original_size": tuple(about["original_size"]),
         "native": about["native"],
         "turned": about.get("turned"),
+        "part": about.get("part") and tuple(about["part"]),
         "states": states,
         "at": about["at"],
         "redo_stack": about["undone"],
@@ -394,5 +398,7 @@ def _check(about: dict, states: list[State]) -> None:
         raise ValueError("its pictures have different sizes")
     if len(about["original_size"]) != 2 or not all(0 < side <= LONGEST for side in about["original_size"]):
         raise ValueError("the size of its picture is damaged")
-    if about.get("turned") is not None and about["turned"] not in TURNS:
+    if about.get("turned", 2) not in TURNS:
         raise ValueError("how its picture was turned is damaged")
+    if about.get("part") is not None:
+        read_part(tuple(about["part"]), tuple(about["original_size"]))  # or MaskError

@@ -64,12 +64,11 @@ def test_what_was_finished_stays_when_an_edit_fails(photo, capsys, monkeypatch, 
     assert {p.name for p in Path("out").iterdir()} == ({"photo_1.png", "photo.canvas"} if number else set())
 
 
-def test_input_size(photo, capsys):
+def test_pictures_have_the_photos_own_size_or_the_working_one(photo, capsys):
     Image.fromarray(np.full((51, 99, 3), 90, np.uint8)).save("odd.png")
-    assert run("edit", "odd.png", "make it night", "--input-size", *MODEL, capsys=capsys)[0] == 0
-    assert Image.open("out/odd_1.png").size == (99, 51)
-    assert run("edit", "odd.png", "make it night", "--resolution", "native", *MODEL, capsys=capsys)[0] == 0
-    assert Image.open("out/odd-2_1.png").size == (96, 48)
+    for option, size in (([], (99, 51)), (["--working-size"], (80, 48)), (["--resolution", "native"], (99, 51))):
+        assert run("edit", "odd.png", "make it night", *option, "--out", "o", *MODEL, capsys=capsys)[0] == 0
+        assert Image.open(max(Path("o").glob("odd*_1.png"), key=os.path.getmtime)).size == size
 
 
 def test_options_may_stand_anywhere(photo, capsys):
@@ -106,7 +105,6 @@ def test_going_on_refuses_what_it_cannot_change(photo, capsys):
     for args, message in (
         (["phto.png", "make it day"], "no picture at phto.png"),
         (["make it day", "--resolution", "64"], "--resolution"),
-        (["make it day", "--input-size"], "first argument"),
     ):
         code, _, err = run("edit", *args, "--canvas", "s.safetensors", *MODEL, capsys=capsys)
         assert code == 2 and message in err[0]

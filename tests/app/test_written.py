@@ -32,7 +32,7 @@ def test_no_old_profile_rides_along(photo, capsys):
     wide = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     image = Image.open(photo)
     image.save("tagged.png", icc_profile=wide)
-    code, _, notes = run("edit", "tagged.png", NIGHT, "--input-size", "--box", "1=0,0,32,32", *MODEL, capsys=capsys)
+    code, _, notes = run("edit", "tagged.png", NIGHT, "--box", "1=0,0,32,32", *MODEL, capsys=capsys)
     assert code == 0 and sum("profile" in line for line in notes) == 1
     with Image.open("out/tagged_1.png") as image:
         assert image.info["icc_profile"] == pictures.srgb_profile()

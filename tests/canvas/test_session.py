@@ -226,6 +226,8 @@ def spoiled(about: dict, tensors: dict) -> dict[str, Callable]:
         ways[f"undone {value}"] = put(about, "undone", value)
     for value in ([64], [64, 64.0], [64, 64, 64], [64, 0], "64", [64, 10**9]):
         ways[f"size {value}"] = put(about, "original_size", value)
+    for value in ([0, 0, 64], [0, 0, 65, 64], [0, 0, 64.0, 64], [0, 0, 9, 9], "all", []):
+        ways[f"part {value}"] = put(about, "part", value)
     for key, value in (("native", 1), ("model", 3), ("dtype", None), ("turned", 1), ("turned", 9), ("mood", "calm")):
         ways[f"{key} {value!r}"] = put(about, key, value)
     for key, value in (("f", "1"), ("f", math.inf), ("settings", {}), ("instruction", 3), ("instruction", "\ud800")):
