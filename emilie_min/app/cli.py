@@ -4,6 +4,7 @@ import argparse
 import errno
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 from ..bench.cli import add_commands, whole
@@ -98,9 +99,11 @@ def parser() -> Parser:
     convert.add_argument("--ema", choices=EMA_CHOICES, default="auto", help=EMA_HELP)
     convert.add_argument("--overwrite", action="store_true")
 
-    download = command("download", run_download, "Fetch the released weights (7.7 GB) and CLIP's tokenizer, once.")
+    about = "Fetch, verify and convert the released weights (7.7 GB, of which 2.1 stay), and CLIP's tokenizer."
+    download = command("download", run_download, about)
     download.add_argument("--out", type=Path, default=Path("weights"), metavar="DIR", help="default: weights")
     download.add_argument("--tokenizer", action="store_true", help="only the tokenizer files")
+    download.add_argument("--keep", action="store_true", help="keep the 7.7 GB once the 2.1 GB of them are made")
 
     evaluate = command("toy-eval", run_toy_eval, "Measure the model that ships against the small world's ground truth.")
     evaluate.add_argument("--scenes", type=whole, default=200, help="unseen scenes (default: 200)")
@@ -142,8 +145,13 @@ def run_convert(args: argparse.Namespace) -> None:
 
 def run_download(args: argparse.Namespace) -> None:
     from ..checkpoint.download import download
+    from ..checkpoint.ready import ready
 
-    print(download(args.out, tokenizer_only=args.tokenizer))
+    if args.tokenizer:
+        print(download(args.out, tokenizer_only=True))
+        return
+    path = ready(args.out, args.keep, tell=partial(print, flush=True))
+    print(f'ready: {path}. Now: emilie edit photo.jpg "make it winter"')
 
 
 def run_toy_eval(args: argparse.Namespace) -> None:

@@ -10,12 +10,11 @@ EMA_CHOICES = ("auto", "yes", "no")  # without PyTorch, see `checkpoint.reading.
 EMA_HELP = "of a file with two UNets, the averaged one or the other (default: auto, the averaged one if there is one)"
 
 
-RELEASED = ("ip2p.safetensors", "instruct-pix2pix-00-22000.safetensors", "instruct-pix2pix-00-22000.ckpt")
-
-
 def add_model_options(sub: argparse.ArgumentParser, find: bool = False) -> None:
     """find: without --weights take the released ones, where they are."""
-    default = f"weights/{RELEASED[0]} if `emilie download` made it, else the small model" if find else "the small model"
+    default = (
+        "weights/ip2p.safetensors if `emilie download` made it, else the small model" if find else "the small model"
+    )
     sub.add_argument("--weights", help=f"a .ckpt or .safetensors file or diffusers' folder (default: {default})")
     sub.set_defaults(find=find)
     sub.add_argument("--config", help="ip2p, sd15, toy or a YAML file (default: told by the weights)")
@@ -58,9 +57,11 @@ def load_editor(args: argparse.Namespace):
 
 def find_released() -> Path | None:
     """The released weights, converted or as they came, where `emilie download` puts them; None: they are not there."""
+    from ..checkpoint.download import RELEASED
+    from ..checkpoint.ready import READY
     from ..loading import weights_folders
 
-    paths = [folder / name for name in RELEASED for folder in weights_folders()]
+    paths = [folder / name for name in (READY, *RELEASED.values()) for folder in weights_folders()]
     return next((path for path in paths if path.is_file()), None)
 
 
