@@ -57,6 +57,18 @@ def add_options(sub: argparse.ArgumentParser) -> None:
         help="do this too in edit N, in the same pass; WHERE: a mask's FILE or X0,Y0,X1,Y1. What edit N itself says "
         "then holds in its own mask or, without one, everywhere else",
     )
+    add_settings(sub)
+    sub.add_argument("--resolution", type=resolution, help='longer side to work at, in px, or "native"')
+    sub.add_argument("--working-size", action="store_true", help="write pictures as they are worked on, cropped to fit")
+    sub.add_argument("--mask-invert", action="store_true", help="the masks' files are black where to edit")
+    sub.add_argument("--canvas", type=Path, metavar="FILE", help="keep the session here; goes on with one that exists")
+    sub.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the pictures")
+    add_model_options(sub, find=True)
+    add_path_options(sub)
+
+
+def add_settings(sub: argparse.ArgumentParser) -> None:
+    """The fields of `Settings` as options; `settings` reads them."""
     for field in fields(Settings):  # which checks the values
         if field.name in HELP:
             given = dict(help=HELP[field.name], default=field.default)
@@ -66,13 +78,13 @@ def add_options(sub: argparse.ArgumentParser) -> None:
                 given |= dict(type=READ.get(field.type), choices=CHOICES.get(field.name))
                 given |= dict(metavar=METAVARS.get(field.name))
             sub.add_argument("--" + field.name.replace("_", "-"), **given)
-    sub.add_argument("--resolution", type=resolution, help='longer side to work at, in px, or "native"')
-    sub.add_argument("--working-size", action="store_true", help="write pictures as they are worked on, cropped to fit")
-    sub.add_argument("--mask-invert", action="store_true", help="the masks' files are black where to edit")
-    sub.add_argument("--canvas", type=Path, metavar="FILE", help="keep the session here; goes on with one that exists")
-    sub.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the pictures")
-    add_model_options(sub, find=True)
-    add_path_options(sub)
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The fields of `Settings` that the options give, once they are known to be such. Raises SamplingError."""
+    changes = {name: getattr(args, name) for name in HELP}
+    Settings(**changes)  # what no edit can use is told before anything is loaded
+    return changes
 
 
 def resolution(text: str) -> int | str:
@@ -86,8 +98,7 @@ def run(args: argparse.Namespace) -> None:
     from ..canvas.session import is_session, start
     from ..canvas.strip import strip
 
-    changes = {name: getattr(args, name) for name in HELP}
-    Settings(**changes)  # what no edit can use is told before anything is loaded
+    changes = settings(args)
     going_on = args.canvas is not None and os.path.exists(args.canvas)
     if going_on and not os.path.exists(args.input) and not language.looks_like_a_file(args.input):
         args.input, args.instructions = None, [args.input, *args.instructions]
