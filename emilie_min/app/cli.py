@@ -10,7 +10,7 @@ from pathlib import Path
 from ..bench.cli import add_commands, whole
 from ..errors import EmilieError
 from ..speed.cli import add_options, run_speed
-from . import demo, edit, language
+from . import demo, edit, insert, language
 from .options import EMA_CHOICES, EMA_HELP, add_model_options, add_path_options, load_editor, writable
 
 
@@ -80,6 +80,9 @@ def parser() -> Parser:
     well.add_argument("--json", action="store_true", help="for programs")
     add_model_options(well, find=True)
     add_path_options(well)
+
+    about = "Insert an object: GracoNet says where, BLIP-2 what it is, EMILIE draws it there."
+    insert.add_options(command("insert", insert.run, about))
 
     page = command("studio", run_studio, "Edit on a page in the browser: paint where, say what, undo, branch, save.")
     page.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this computer only)")

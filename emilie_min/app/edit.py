@@ -5,9 +5,10 @@ import glob
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from ..canvas.settings import CHOICES, Settings
@@ -56,6 +57,18 @@ def add_options(sub: argparse.ArgumentParser) -> None:
         help="do this too in edit N, in the same pass; WHERE: a mask's FILE or X0,Y0,X1,Y1. What edit N itself says "
         "then holds in its own mask or, without one, everywhere else",
     )
+    add_settings(sub)
+    sub.add_argument("--resolution", type=resolution, help='longer side to work at, in px, or "native"')
+    sub.add_argument("--working-size", action="store_true", help="write pictures as they are worked on, cropped to fit")
+    sub.add_argument("--mask-invert", action="store_true", help="the masks' files are black where to edit")
+    sub.add_argument("--canvas", type=Path, metavar="FILE", help="keep the session here; goes on with one that exists")
+    sub.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the pictures")
+    add_model_options(sub, find=True)
+    add_path_options(sub)
+
+
+def add_settings(sub: argparse.ArgumentParser) -> None:
+    """The fields of `Settings` as options; `settings` reads them."""
     for field in fields(Settings):  # which checks the values
         if field.name in HELP:
             given = dict(help=HELP[field.name], default=field.default)
@@ -65,13 +78,13 @@ def add_options(sub: argparse.ArgumentParser) -> None:
                 given |= dict(type=READ.get(field.type), choices=CHOICES.get(field.name))
                 given |= dict(metavar=METAVARS.get(field.name))
             sub.add_argument("--" + field.name.replace("_", "-"), **given)
-    sub.add_argument("--resolution", type=resolution, help='longer side to work at, in px, or "native"')
-    sub.add_argument("--working-size", action="store_true", help="write pictures as they are worked on, cropped to fit")
-    sub.add_argument("--mask-invert", action="store_true", help="the masks' files are black where to edit")
-    sub.add_argument("--canvas", type=Path, metavar="FILE", help="keep the session here; goes on with one that exists")
-    sub.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the pictures")
-    add_model_options(sub, find=True)
-    add_path_options(sub)
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The fields of `Settings` that the options give, once they are known to be such. Raises SamplingError."""
+    changes = {name: getattr(args, name) for name in HELP}
+    Settings(**changes)  # what no edit can use is told before anything is loaded
+    return changes
 
 
 def resolution(text: str) -> int | str:
@@ -82,11 +95,10 @@ def run(args: argparse.Namespace) -> None:
     from ..canvas import about, images
     from ..canvas.canvas import open as open_canvas
     from ..canvas.photo import Photo, open_photo
-    from ..canvas.session import is_session
+    from ..canvas.session import is_session, start
     from ..canvas.strip import strip
 
-    changes = {name: getattr(args, name) for name in HELP}
-    Settings(**changes)  # what no edit can use is told before anything is loaded
+    changes = settings(args)
     going_on = args.canvas is not None and os.path.exists(args.canvas)
     if going_on and not os.path.exists(args.input) and not language.looks_like_a_file(args.input):
         args.input, args.instructions = None, [args.input, *args.instructions]
@@ -131,7 +143,11 @@ def run(args: argparse.Namespace) -> None:
     stem = Path(args.input).stem if args.input is not None else args.canvas.name.removesuffix(".safetensors")
     stem = stem.removesuffix(".canvas") if args.input is None else stem
     first = len(canvas.states)
-    with claimed(folder, stem, range(first, first + len(edits)), going_on, args.canvas) as (name, session):
+    begin = partial(start, canvas)
+    with (
+        claimed(folder, stem, range(first, first + len(edits)), going_on, args.canvas, begin) as (name, session),
+        gone_without_edits(None if going_on else session, canvas),
+    ):
         cells = [(canvas.image, "input" if canvas.at == 0 else canvas.state.instruction, None)]
         for i, regions in enumerate(edits, 1):
             masked = all(mask is not None for _, mask in regions)
@@ -218,46 +234,55 @@ def read_box(text: str, option: str) -> tuple[int, ...]:
 
 
 @contextmanager
-def claimed(folder: Path, stem: str, numbers: range, going_on: bool, canvas: Path | None) -> Iterator[tuple[str, Path]]:
+def claimed(
+    folder: Path, stem: str, numbers: range, going_on: bool, canvas: Path | None, begin: Callable[[Path], bool]
+) -> Iterator[tuple[str, Path]]:
     """A name for the files of this run and where its session goes, taken before anything is computed.
 
     `stem`, or `stem-2`, ...: the first of which no file is there, so that no run overwrites another, also none at the
     same time: each file is made, empty, by the run that gets it, and goes at the end if it is still empty. numbers: of
-    the pictures; those of a session that goes on may stand beside its earlier ones. Raises CanvasError.
+    the pictures; those of a session that goes on may stand beside its earlier ones. begin: makes the session's file,
+    without edits, or says that one is there. Raises CanvasError.
     """
     while len(os.fsencode(stem)) > LONGEST_STEM:
         stem = stem[:-1]
     count = 1
     while True:
         name = stem if count == 1 else f"{stem}-{count}"
-        session = canvas or folder / f"{name}.canvas.safetensors"
+        session = canvas or folder / f"{name}.canvas"
         strip = folder / (f"{name}_{numbers[-1]}_strip.png" if going_on else f"{name}_strip.png")
         paths = [folder / f"{name}_{number}.png" for number in numbers] + [strip]
         taken = not going_on and any(folder.glob(f"{glob.escape(name)}_[0-9]*.png"))
-        made = [] if taken else make_new(paths if going_on or canvas else [*paths, session])
-        if made:
-            break
+        made = [] if taken else make_new(paths)
+        try:
+            if made and (going_on or begin(fits(session))):
+                yield name, session
+                return
+        finally:
+            for path in made:
+                if path.exists() and not path.stat().st_size:
+                    path.unlink()
+        if made and canvas:
+            raise CanvasError(f"{canvas} was made by another run meanwhile: name another file with --canvas")
         count += 1
+
+
+@contextmanager
+def gone_without_edits(session: Path | None, canvas) -> Iterator[None]:
+    """A session's file goes where not even the first edit was made."""
     try:
-        if canvas and not going_on:
-            if not make_new([canvas]):
-                raise CanvasError(f"{canvas} was made by another run meanwhile: name another file with --canvas")
-            made.append(canvas)
-        yield name, session
+        yield
     finally:
-        for path in made:
-            if path.exists() and not path.stat().st_size:
-                path.unlink()
+        if session is not None and len(canvas.states) == 1:
+            session.unlink(missing_ok=True)
 
 
 def make_new(paths: list[Path]) -> list[Path]:
     """Empty files at all of these paths; at none, and [], where one is there already. Raises CanvasError."""
     made: list[Path] = []
     for path in paths:
-        if len(os.fsencode(path.name)) > LONGEST_NAME:
-            raise CanvasError(f"the name {printable(path.name, 60)} is too long for a file: choose a shorter one")
         try:
-            path.open("xb").close()
+            fits(path).open("xb").close()
         except OSError as error:
             for each in made:
                 each.unlink()
@@ -266,3 +291,10 @@ def make_new(paths: list[Path]) -> list[Path]:
             raise CanvasError(f"cannot write {printable(path)}: {error.strerror}") from error
         made.append(path)
     return made
+
+
+def fits(path: Path) -> Path:
+    """A path whose last name is short enough for a file. Raises CanvasError."""
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise CanvasError(f"the name {printable(path.name, 60)} is too long for a file: choose a shorter one")
+    return path

@@ -285,5 +285,8 @@ class Canvas:
         return self.image
 
     def save(self, path: str | Path) -> None:
-        """The whole session as one .safetensors file, whole or not at all; `open` reads it. Raises CanvasError."""
+        """The session as one file, to which later saves add what is new; `open` reads it. Raises CanvasError.
+
+        What another process saved there of the same session is kept, see `session.write`.
+        """
         session.write(self, path)

@@ -1,1 +1,1 @@
-"""Object insertion (Sec. 6.1): where an inset goes, what it shows, and drawing it there."""
+"""Object insertion (Sec. 6.1): GracoNet says where, BLIP-2 what, EMILIE draws it there."""
