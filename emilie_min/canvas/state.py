@@ -1,5 +1,6 @@
 """A node in the tree of edits."""
 
+import uuid
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -18,3 +19,4 @@ class State:
     settings: dict = field(default_factory=dict)
     f: float | None = None  # the factor with which the parent's latent became z_img; None: z_img was encoded
     regions: list[tuple[str, Image.Image | None]] = field(default_factory=list)  # several instructions and their masks
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)  # by which files tell it from every other
