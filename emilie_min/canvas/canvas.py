@@ -29,31 +29,42 @@ SAMPLERS = dict(
 
 
 def open(
-    source: images.Picture, editor: Editor | None = None, seed: int = 0, resolution: int | str | None = None
+    source: images.Picture,
+    editor: Editor | None = None,
+    seed: int = 0,
+    resolution: int | str | None = None,
+    part: images.Box | None = None,
 ) -> "Canvas":
     """A canvas on a picture (path, PIL image or array), or the one that `Canvas.save` wrote to a path.
 
     editor: None = the small model that ships. seed: of all noise; resolution: of the longer side in px, "native", or
     None = what the model's config names; sides become multiples of the config's `multiple`, native ones of what the
-    networks need. A saved session has both already. Raises ImageError, CanvasError, CheckpointError.
+    networks need. part: a box of the picture, in its pixels, which alone is worked on, whole; None = the picture but
+    for the edges that those multiples crop. A saved session has all of these already. Raises ImageError, CanvasError,
+    CheckpointError.
     """
     editor = loading.load() if editor is None else editor
     check_can_edit(editor)
     if isinstance(source, (str, Path)) and session.is_session(source):
-        if resolution is not None or seed != 0:
-            raise CanvasError(f"{source} is a session, which has its seed and resolution already: leave them out")
+        if resolution is not None or seed != 0 or part is not None:
+            raise CanvasError(f"{source} is a session, which has its seed, resolution and part already: leave them out")
         return Canvas(editor, **session.read(source, editor))
     seed, original, defaults = as_int(seed, "seed"), images.read_image(source), editor.config.sampling
     native = isinstance(resolution, str) and resolution == "native"
     resolution = defaults.resolution if resolution is None else resolution
     multiple = editor.vae.factor * 2**editor.unet.num_downsamples if native else defaults.multiple
-    size = images.fit_size(original.size, resolution, multiple)
-    picture = images.crop(original, size) if native else images.fit(original, size)
+    if part is None:
+        size = images.fit_size(original.size, resolution, multiple)
+    else:
+        part = images.read_part(part, original.size)
+        size = images.near_size((part[2] - part[0], part[3] - part[1]), resolution, multiple)
+    picture = images.view(original, size, native, part)
     with explain_oom(f"at {size[0]}x{size[1]} px: lower --resolution"):
         z_img = images.to_latent(editor, picture).cpu()
     z_init = noise_stream(tuple(z_img.shape), seed, "init")()
     root = State("", editor.scale_factor * z_img, picture)
-    return Canvas(editor, seed, original.size, native, z_init, z_img, [root], turned=original.info.get("orientation"))
+    turned = original.info.get("orientation")
+    return Canvas(editor, seed, original.size, native, z_init, z_img, [root], turned=turned, part=part)
 
 
 def check_can_edit(editor: Editor) -> None:
@@ -79,6 +90,7 @@ class Canvas:
     at: int = 0  # the state that the next edit starts from
     redo_stack: list[int] = field(default_factory=list)
     turned: int | None = None  # the EXIF orientation that the opened picture was turned by
+    part: images.Box | None = None  # the box of it that is worked on, if it is not what `images.fit` keeps
 
     @property
     def state(self) -> State:
@@ -249,7 +261,7 @@ class Canvas:
         """A mask as PIL "L" at working size and at the latent's, (1, 1, h, w). Raises MaskError."""
         factor = self.editor.vae.factor
         pixels = images.read_mask(
-            mask, self.original_size, self.state.image.size, self.native, soft, factor, self.turned
+            mask, self.original_size, self.state.image.size, self.native, soft, factor, self.turned, self.part
         )
         return pixels, images.latent_mask(pixels, factor, soft)
 
@@ -279,7 +291,9 @@ class Canvas:
 
     def undo(self) -> Image.Image:
         """Back to the state that the current one was made from. Raises CanvasError at the beginning."""
-        before = self.state.made["from"] if self.state.made else self.state.parent
+        before = self.state.parent
+        if self.state.made:
+            before = next(i for i, state in enumerate(self.states) if state.id == self.state.made["from"])
         if before is None:
             raise CanvasError("nothing to undo: this is the picture as it was opened")
         self.redo_stack.append(self.at)
@@ -338,5 +352,8 @@ class Canvas:
         return self.image
 
     def save(self, path: str | Path) -> None:
-        """The whole session as one .safetensors file, whole or not at all; `open` reads it. Raises CanvasError."""
+        """The session as one file, to which later saves add what is new; `open` reads it. Raises CanvasError.
+
+        What another process saved there of the same session is kept, see `session.write`.
+        """
         session.write(self, path)

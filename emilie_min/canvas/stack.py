@@ -284,7 +284,7 @@ def _change(canvas, walk: Walk, edits: list[Layer], made: dict) -> Iterator[Step
         result.image = canvas.image if where is None else walk.canvas_at(end).picture(result)
     if end < len(canvas.states):  # it was there before: its like, so that undo leads back from it
         root = State("", states[0].latent, states[0].image, 0, shown=None)
-        states.append(replace(states[end]) if end else root)
-    states[-1].made = made | {"from": canvas.at, "calls": walk.calls}
+        states.append(replace(states[end], id=root.id) if end else root)
+    states[-1].made = made | {"from": canvas.state.id, "calls": walk.calls}
     canvas.states, canvas.redo_stack = states, []
     canvas.at = len(states) - 1
