@@ -1,8 +1,8 @@
 """The stack: take back, hide, change or move any edit of a canvas, and keep the others.
 
 What an edit does depends on the picture that it finds, so without edit k the later ones have to be made anew. But most
-of them never saw it. Where two latents are apart, see `support`, an edit changed something: its E. A later edit is
-looked at as it was, from a to b; now it finds a', which other edits led to. Where those changed something is S.
+of them never saw it. Where an edit left the latent another than it found it, see `support`, it changed something: E. A
+later edit is looked at as it was, from a to b; now it finds a', which other edits led to. Where those did is S.
 
 - No such edit: b, to the bit.
 - S and E apart: b, and a' in S. No network call.
@@ -134,14 +134,14 @@ class Walk:
                 self.states.append((yield from self.make(whole, at)))
                 self.enter(known)
             full = self.states[known]
-            changed = support(parent.latent, full.latent)
+            changed = support(parent.latent, full.latent)[1]
             state.f, state.latent = full.f, parent.latent.lerp(full.latent, layer.strength)
         else:
             yield from self.again(state, layer, asked, settings)
-            changed = support(parent.latent, state.latent)
+            changed = support(parent.latent, state.latent)[1]
         before, today = self.today.get(layer.depth, (None, None))
         if before is not None and before.shown and before.key != layer.key and self.way == "support":
-            changed |= support(self.states[today.parent].latent, today.latent)  # this edit itself is another now
+            changed |= support(self.states[today.parent].latent, today.latent)[1]  # this edit itself is another now
             state.latent = torch.where(changed, state.latent, today.latent)
         state.image = self.canvas_at(at).picture(state)
         return state
@@ -155,13 +155,13 @@ class Walk:
             if not others:
                 state.latent, state.f = b.latent, b.f
                 return
-            where = torch.stack([self.changed(key) for key in others]).any(0)
-            held = torch.where(where, self.states[state.parent].latent, b.latent)
-            where &= support(a.latent, b.latent)
-            if not where.any():
-                state.latent, state.f = held, b.f
+            parent, edges = self.states[state.parent].latent, [self.changed(key) for key in others]
+            core, where = (torch.stack(part).any(0) for part in zip(*edges))
+            mine, reach = support(a.latent, b.latent)
+            state.latent, state.f = torch.where(where & ~mine, parent, b.latent), b.f
+            if not (core & reach | where & mine).any():
                 return
-            within = where.float(), held
+            within = (where & reach).float(), torch.where(where, parent, b.latent)
         scratch = self.canvas_at(state.parent)
         for step in scratch.run(asked, settings, layer.depth, within):
             self.calls += step.sigma > 0
@@ -176,8 +176,8 @@ class Walk:
         _, today = self.today.get(layer.depth, (None, None))
         return next((i for i in mine if self.states[i] is today), max(mine, default=None))
 
-    def changed(self, key: tuple) -> Tensor:
-        """Where the edit of this key changed something, at its full strength."""
+    def changed(self, key: tuple) -> tuple[Tensor, Tensor]:
+        """Where the edit of this key changed something, at its full strength, see `support`."""
         whole = (*key[:-1], 1.0)
         i = max(i for i, layer in self.layers.items() if layer.key == whole)
         return support(self.states[self.states[i].parent].latent, self.states[i].latent)
@@ -187,15 +187,15 @@ class Walk:
         return replace(self.canvas, states=list(self.states), at=at, redo_stack=[])
 
 
-def support(a: Tensor, b: Tensor) -> Tensor:
-    """Where two scaled latents are apart, (1, 1, h, w) of bool.
+def support(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Where two scaled latents are apart, and the same with the cells around, (1, 1, h, w) of bool both.
 
-    By more than `APART` in a channel, or than a quarter of where they are apart the most if that is less, and in cells
-    around those; but nowhere that they are equal to the bit, as a mask keeps them.
+    By more than `APART` in a channel, or than a quarter of where they are apart the most if that is less; never where
+    they are equal to the bit, as a mask keeps them.
     """
     apart = (a - b).abs().amax(1, keepdim=True)
-    far = (apart > min(APART, apart.max().item() / 4)).float()
-    return (F.max_pool2d(far, 2 * REACH + 1, 1, REACH) > 0) & (apart > 0)
+    far = apart > min(APART, apart.max().item() / 4)
+    return far, (F.max_pool2d(far.float(), 2 * REACH + 1, 1, REACH) > 0) & (apart > 0)
 
 
 def layers(canvas) -> list[Layer]:
@@ -283,7 +283,8 @@ def _change(canvas, walk: Walk, edits: list[Layer], made: dict) -> Iterator[Step
         result.latent = canvas.state.latent if where is None else torch.where(where, result.latent, canvas.state.latent)
         result.image = canvas.image if where is None else walk.canvas_at(end).picture(result)
     if end < len(canvas.states):  # it was there before: its like, so that undo leads back from it
-        root = State("", states[0].latent, states[0].image, 0, shown=None)
+        settings = Settings().resolve(canvas.editor.config.sampling, canvas.seed).record()
+        root = State("", states[0].latent, states[0].image, 0, settings=settings, shown=None)
         states.append(replace(states[end], id=root.id) if end else root)
     states[-1].made = made | {"from": canvas.state.id, "calls": walk.calls}
     canvas.states, canvas.redo_stack = states, []
