@@ -60,6 +60,8 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     add_settings(sub)
     sub.add_argument("--resolution", type=resolution, help='longer side to work at, in px, or "native"')
     sub.add_argument("--working-size", action="store_true", help="write pictures as they are worked on, cropped to fit")
+    sub.add_argument("--crop", action="store_true", help="edit in a crop round the mask, at full resolution")
+    sub.add_argument("--crop-box", metavar="X0,Y0,X1,Y1", help="the crop itself, px (default: the mask and a margin)")
     sub.add_argument("--mask-invert", action="store_true", help="the masks' files are black where to edit")
     sub.add_argument("--canvas", type=Path, metavar="FILE", help="keep the session here; goes on with one that exists")
     sub.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the pictures")
@@ -128,9 +130,14 @@ def run(args: argparse.Namespace) -> None:
     target = canvas if photo is None or args.working_size else photo
     if args.mask_invert:
         edits = [[(text, inverted(mask, canvas, args.soft)) for text, mask in regions] for regions in edits]
+    crop = read_box(args.crop_box, "--crop-box") if args.crop_box else None
+    args.crop = args.crop or crop is not None
+    if args.crop and target is not photo:
+        raise CanvasError("--crop needs the picture as first argument, and no --working-size")
+    if args.crop and not any(mask is not None for regions in edits for _, mask in regions):
+        raise MaskError("--crop needs a --mask or --box: the crop is made round it")
     for regions in edits:  # so that the last edit's mask does not fail after an hour of edits
-        canvas.read_regions([mask for _, mask in regions], args.soft)
-        editor.text.tokenize([text for text, _ in regions])
+        check_edit(photo if target is photo else None, canvas, regions, args.soft, args.crop)
     folder = writable(args.out)
     if args.canvas is not None:
         writable(args.canvas.parent, "--canvas")
@@ -138,6 +145,9 @@ def run(args: argparse.Namespace) -> None:
         note(
             f"pictures are written at {canvas.image.width}x{canvas.image.height} px: name the picture for its own size"
         )
+    if args.crop and (told := aim(photo, edits[0], args.soft, crop)):
+        print(f"1. {told}")
+        canvas = photo.canvas
     tell_foreign(editor, canvas.states[0].image, str(args.input or args.canvas))
 
     stem = Path(args.input).stem if args.input is not None else args.canvas.name.removesuffix(".safetensors")
@@ -150,16 +160,58 @@ def run(args: argparse.Namespace) -> None:
     ):
         cells = [(canvas.image, "input" if canvas.at == 0 else canvas.state.instruction, None)]
         for i, regions in enumerate(edits, 1):
+            if args.crop and i > 1 and (told := aim(photo, regions, args.soft, crop)):
+                print(f"{i}. {told}")
+                if photo.canvas is not canvas:
+                    canvas, session = photo.canvas, another_session(session, photo.canvas)
             masked = all(mask is not None for _, mask in regions)
             before, started = canvas.image, time.time()
             out = edit_with_bar(target, i, regions, **changes | {"keep_background": args.keep_background and masked})
             cells.append((canvas.image, canvas.state.instruction, canvas.state.mask))
-            path = images.save(out, folder / f"{name}_{canvas.at}.png", about.texts(canvas))
+            earlier = [] if photo is None else photo.canvases[:-1]
+            path = images.save(out, folder / f"{name}_{first + i - 1}.png", about.texts(canvas, earlier))
             canvas.save(session)
             print(f"wrote {path} and {session}")
             print(f"  {time.time() - started:.1f} s; {what_changed(before, canvas)}")
-        strip_name = f"{name}_{canvas.at}_strip.png" if going_on else f"{name}_strip.png"
+        strip_name = f"{name}_{first + len(edits) - 1}_strip.png" if going_on else f"{name}_strip.png"
         print(f"wrote {images.save(strip(cells), folder / strip_name)}")
+
+
+def check_edit(photo, canvas, regions: list[tuple], soft: bool, crop: bool) -> None:
+    """Whether an edit's masks and words can be used, in a crop or on the canvas; a mask that is small is told of.
+
+    photo: None where pictures are written as they are worked on. Raises MaskError, InstructionError.
+    """
+    from ..canvas.photo import is_small
+
+    masks = [mask for _, mask in regions]
+    canvas.editor.text.tokenize([text for text, _ in regions])
+    given = None if photo is None else photo.read_given(masks, soft)
+    if crop and given is not None:  # what vanishes is told at the crop's size
+        return
+    canvas.read_regions(masks, soft)
+    if given is not None and not canvas.native and is_small(given.getbbox(), given.size, canvas.image.size):
+        x0, y0, x1, y1 = given.getbbox()
+        note(
+            f"a mask of {x1 - x0}x{y1 - y0} px in a picture of {given.width}x{given.height} px is edited at "
+            f"{canvas.image.width}x{canvas.image.height} px: --crop edits it at full resolution"
+        )
+
+
+def aim(photo, regions: list[tuple], soft: bool, crop: tuple | None) -> str:
+    """`Photo.aim` for an edit's masks; an edit of everything is back on the whole picture."""
+    masks = [mask for _, mask in regions]
+    return photo.aim(None if None in masks else masks, soft, box=None if None in masks else crop)
+
+
+def another_session(session: Path, canvas) -> Path:
+    """A session's file beside another one, for a canvas on another part of the picture. Raises CanvasError."""
+    from ..canvas.session import start
+
+    stem, count = session.name.removesuffix(".canvas"), 2
+    while not start(canvas, path := fits(session.with_name(f"{stem}-part{count}.canvas"))):
+        count += 1
+    return path
 
 
 def inverted(mask, canvas, soft: bool):
