@@ -34,13 +34,17 @@ HELP = {  # of the fields of Settings that are options
     "text_scale": "how strongly to follow the instruction",
     "image_scale": "how closely to stay with the picture",
     "seed": "of all noise (default: 0, or what the --canvas began with)",
+    "negative": "what not to do: an instruction whose pull is taken off the others'",
+    "further": "instructions that pull too, by these parts of the text scale, which may be negative",
 }
 METAVARS = {"guidance_interval": "LOW,HIGH", "reuse": "N", "reuse_guidance": "PART"}
+METAVARS |= {"negative": "INSTRUCTION", "further": "WEIGHT:INSTRUCTION[;...]"}
 READ = {  # what an option's text becomes, by the field's type
     int: int,
     int | None: int,
     float | None: float,
     tuple[float, float] | None: lambda text: tuple(text.split(",")),
+    tuple[tuple[str, float], ...]: lambda text: [part.strip().split(":", 1)[::-1] for part in text.split(";")],
 }
 
 
