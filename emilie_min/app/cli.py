@@ -10,7 +10,7 @@ from pathlib import Path
 from ..bench.cli import add_commands, whole
 from ..errors import EmilieError
 from ..speed.cli import add_options, run_speed
-from . import demo, edit, insert, language
+from . import demo, edit, insert, language, looks
 from .options import EMA_CHOICES, EMA_HELP, add_model_options, add_path_options, load_editor, writable
 
 
@@ -74,6 +74,11 @@ def parser() -> Parser:
     demo.add_options(command("demo", demo.run, about))
     about = "Edit a picture by one instruction after another, each anywhere or in a mask."
     edit.add_options(command("edit", edit.run, about))
+
+    about = "Try guidance's two scales, and seeds, at once: one labelled sheet and the single pictures."
+    looks.add_grid_options(command("grid", looks.run_grid, about))
+    about = "Show where an instruction would act, as a map over the picture and as a mask."
+    looks.add_where_options(command("where", looks.run_where, about))
 
     about = "Tell in a minute or two whether this machine with these weights is all right; 1 where something is red."
     well = command("check", run_check, about)
