@@ -206,7 +206,7 @@ class Canvas:
     def image_latent(self, rescale: str = "paper", iterate: str = "latent") -> tuple[Tensor, float | None]:
         """z_img for the next edit, unscaled (1, 4, h, w), and the f that made it: z_img = f z.
 
-        "paper" is Alg. 1's, see `rescale_factor`; the others show what it is for: "signed": avg E(D(z)) / avg z with
+        "paper" is Sec. 5.3's, see `rescale_factor`; the others show what it is for: "signed": avg E(D(z)) / avg z with
         the signs left in, whose means can cancel, so it is refused where it is not within a factor of 4 of "paper";
         "exact": 1 / scale_factor, which f estimates; "none": 1. iterate="image": E of the current picture, no f.
         """
@@ -225,7 +225,7 @@ class Canvas:
             paper, f = f, (editor.encode(editor.decode(z)).to(z).mean() / z.mean()).item()
             if not 0.25 < f / paper < 4:
                 raise SamplingError(f"rescale='signed' gives f = {f:.3g} where 'paper' gives {paper:.3g}: use that")
-        return f * z, f  # Line 6
+        return f * z, f  # Line 6, times the f of Sec. 5.3
 
     def read_mask(self, mask: Mask, soft: bool = False) -> tuple[Image.Image, Tensor]:
         """A mask as PIL "L" at working size and at the latent's, (1, 1, h, w). Raises MaskError."""

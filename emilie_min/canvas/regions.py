@@ -1,4 +1,7 @@
-"""Several instructions in one pass, each in its region: the energies of Eq. 7 added, in shares that sum to 1."""
+"""Several instructions in one pass, each in its region: their noise predictions averaged in shares that sum to 1.
+
+Ours: the paper edits one region after another. By Eq. 7 it averages energies; a product of experts would add them.
+"""
 
 from collections.abc import Sequence
 
