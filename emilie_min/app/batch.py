@@ -10,15 +10,17 @@ from pathlib import Path
 from ..bench.cli import which_shard
 from ..errors import CanvasError, EmilieError, InstructionError, MaskError
 from . import language
+from .edit import read_edits, settings, with_places
 from .options import load_editor, tell_foreign, writable
 
 TOGETHER = 4  # pictures in a pass on a GPU, fewer where its memory does not hold them
 
 
-def run(args: argparse.Namespace, changes: dict) -> int:
+def run(args: argparse.Namespace) -> int:
     """Edit them; 2 where some could not be. Results keep their picture's place in the tree of folders, below --out."""
     from ..canvas.together import can
 
+    changes = settings(args)
     texts = [args.input, *args.instructions] if args.input is not None else args.instructions
     if not texts or not all(text.strip() for text in texts):
         raise InstructionError(
@@ -111,7 +113,6 @@ class Batch:
     def edit(self, group: list[tuple[Path, str]], photos: list) -> None:
         """All instructions on a group of pictures; what is written is written when all of them are done."""
         from ..canvas import about, images, together
-        from .edit import read_edits, with_places
 
         made: list[list[tuple]] = [[] for _ in photos]
         edits = read_edits(self.args, self.texts)

@@ -98,7 +98,7 @@ def resolution(text: str) -> int | str:
     return text if text == "native" else int(text)
 
 
-def run(args: argparse.Namespace) -> int | None:
+def run(args: argparse.Namespace) -> None:
     from ..canvas import about, images
     from ..canvas.canvas import open as open_canvas
     from ..canvas.photo import Photo, open_photo
@@ -106,10 +106,6 @@ def run(args: argparse.Namespace) -> int | None:
     from ..canvas.strip import strip
 
     changes = settings(args)
-    if args.batch is not None:
-        from . import batch
-
-        return batch.run(args, changes)
     going_on = args.canvas is not None and os.path.exists(args.canvas)
     if going_on and not os.path.exists(args.input) and not language.looks_like_a_file(args.input):
         args.input, args.instructions = None, [args.input, *args.instructions]
