@@ -19,6 +19,10 @@ from pathlib import Path
 from ..emilie import Editor
 from ..errors import EmilieError
 
+NARROW = (
+    "@media (max-width: 760px) { .gradio-container > .main { padding: 12px !important; } }"  # outside of css's reach
+)
+
 
 def serve(editor: Editor, local: bool = True, password: str = "", link: str = ""):
     """The page, and the uvicorn.Server for it: `run(sockets=[listen(...)])`, until its `should_exit`.
@@ -46,7 +50,7 @@ def serve(editor: Editor, local: bool = True, password: str = "", link: str = ""
         run_history=False,
         ssr_mode=False,
         theme=looks.set(block_info_text_color="*neutral_600", slider_color="*primary_500"),
-        head=f"<script>{here.with_suffix('.js').read_text('utf-8')}</script>",
+        head=f"<script>{here.with_suffix('.js').read_text('utf-8')}</script><style>{NARROW}</style>",
         css=here.with_suffix(".css").read_text("utf-8"),
     )
     inputs = {number: [block.get_block_name() for block in fn.inputs] for number, fn in page.fns.items()}

@@ -149,7 +149,9 @@ class Photo:
             state = canvas.states[at]
             alpha = None
             if not self.shows_everywhere(at):
-                alpha = images.blend_mask(state.mask, self.given.get(at), box, canvas.editor.vae.factor // 2)
+                same = state.image.size == (box[2] - box[0], box[3] - box[1])
+                feather = 0 if same and state.settings.get("keep_background") else canvas.editor.vae.factor // 2
+                alpha = images.blend_mask(state.mask, self.given.get(at), box, feather)  # which that did already
             out = images.put_back(state.image, out, box, alpha)
         return out.copy() if out is self.photo else out
 
