@@ -30,8 +30,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..toy import world
-from . import words
+from ..toy import words, world
 
 FIRST_SEED, UNSEEN = 4 * 10**9, 60_000_000  # training's first seed, and evaluation's
 SIDE, PATCH, WIDTH, QUERIES, POSITIONS = world.SIZE, 8, 96, 8, 48

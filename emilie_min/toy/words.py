@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from ..toy import world
+from . import world
 
 Thing = tuple[str | None, str | None, str | None]  # shape, colour, place; None: any
 
@@ -44,7 +44,10 @@ def part(scene: world.Scene, rng: random.Random) -> tuple[str, Claim]:
 
 
 def asked(instruction: str) -> Claim:
-    """What must be true of a picture after an instruction of the world; that the rest is kept is beyond one picture."""
+    """What must be true of a picture after an instruction, one of `world.instructions`.
+
+    That the rest is kept is beyond what one picture can say.
+    """
     styles = {text: style for style, text in world.STYLE_TEXTS.items()}
     if instruction in styles:
         return Claim(style=styles[instruction])
@@ -60,6 +63,14 @@ def asked(instruction: str) -> Claim:
     if words[0] == "turn":
         return Claim(things=((words[-1], old, None),), gone=((shape, old, None),))
     return Claim(gone=((shape, old, None),))
+
+
+def kind(instruction: str) -> str:
+    """Which of `world.KINDS` an instruction of the world is."""
+    if instruction in world.STYLE_TEXTS.values():
+        return "style"
+    first = instruction.partition(" ")[0]
+    return {"make": "recolour", "turn": "shape", "change": "background"}.get(first, first)
 
 
 def said(caption: str) -> world.Scene | None:
