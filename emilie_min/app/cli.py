@@ -10,7 +10,7 @@ from pathlib import Path
 from ..bench.cli import add_commands, whole
 from ..errors import EmilieError
 from ..speed.cli import add_options, run_speed
-from . import demo, edit, insert, language
+from . import batch, demo, edit, insert, language, looks
 from .options import EMA_CHOICES, EMA_HELP, add_model_options, add_path_options, load_editor, writable
 
 
@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run a command line; the exit code: 0, 2 for bad input, 130 when interrupted, 1 by a red check."""
     for stream in (sys.stdout, sys.stderr):  # what a console cannot show is escaped, and nothing more depends on it
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -42,8 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             warnings.simplefilter("always", UserWarning)
             told: set[str] = set()
             warnings.showwarning = lambda message, *_: tell_once(str(message), told)
-            args.run(args)
-        return 0
+            return args.run(args) or 0
     except EmilieError as error:
         print(f"emilie: error: {error}", file=sys.stderr)
     except OSError as error:
@@ -74,7 +73,18 @@ def parser() -> Parser:
     about = "Edit a scene of the small world by four instructions with the model that ships."
     demo.add_options(command("demo", demo.run, about))
     about = "Edit a picture by one instruction after another, each anywhere or in a mask."
-    edit.add_options(command("edit", edit.run, about))
+    edit.add_options(command("edit", run_edit, about))
+
+    about = "Try guidance's two scales, and seeds, at once: one labelled sheet and the single pictures."
+    looks.add_grid_options(command("grid", looks.run_grid, about))
+    about = "Show where an instruction would act, as a map over the picture and as a mask."
+    looks.add_where_options(command("where", looks.run_where, about))
+
+    about = "Tell in a minute or two whether this machine with these weights is all right; 1 where something is red."
+    well = command("check", run_check, about)
+    well.add_argument("--json", action="store_true", help="for programs")
+    add_model_options(well, find=True)
+    add_path_options(well)
 
     about = "Insert an object: GracoNet says where, BLIP-2 what it is, EMILIE draws it there."
     insert.add_options(command("insert", insert.run, about))
@@ -120,11 +130,21 @@ def parser() -> Parser:
     return top
 
 
+def run_edit(args: argparse.Namespace) -> int | None:
+    return edit.run(args) if args.batch is None else batch.run(args)
+
+
 def run_studio(args: argparse.Namespace) -> None:
     from .studio import listen, studio
 
     listen(args.host, args.port, args.auth).close()  # what cannot work is told before weights are loaded
     studio(load_editor(args), args.host, args.port, args.open, args.auth)
+
+
+def run_check(args: argparse.Namespace) -> int:
+    from . import check
+
+    return check.run(args)
 
 
 def run_info(args: argparse.Namespace) -> None:
@@ -151,7 +171,7 @@ def run_download(args: argparse.Namespace) -> None:
         print(download(args.out, tokenizer_only=True))
         return
     path = ready(args.out, args.keep, tell=partial(print, flush=True))
-    print(f'ready: {path}. Now: emilie edit photo.jpg "make it winter"')
+    print(f'ready: {path}. Now: emilie check, then emilie edit photo.jpg "make it winter"')
 
 
 def run_toy_eval(args: argparse.Namespace) -> None:

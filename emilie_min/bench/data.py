@@ -41,9 +41,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..checkpoint.schema import Blank, fault, parse, quote
 from ..errors import BenchError, EmilieError, printable
 from ..toy import world
-from .io import Blank, fault, quote
 
 FILE = "bench.jsonl"
 MOST = 20  # lines with a fault that are named in one error
@@ -141,8 +141,8 @@ def _load(folder: str | Path, opened: bool = False) -> list[Item]:
 def _item(line: str, folder: Path) -> Item:
     """The item that a line describes. Raises ValueError with the first thing that is wrong."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        record = parse(line)
+    except ValueError as error:
         why = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
         raise ValueError(f"not valid JSON ({why}): one item stands on one line") from None
     meta = record.get("meta") if isinstance(record, dict) else None

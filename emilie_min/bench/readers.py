@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..checkpoint.schema import fault, quote
 from ..errors import BenchError, printable
 from . import data
 from .data import Item, Turn, file_in
-from .io import fault, open_picture, quote, read_json
+from .io import open_picture, read_json
 
 PARTS = ("natural", "generated")
 PROMPTS = ("mask-simple", "mask-rich", "full")
