@@ -4,12 +4,13 @@ import argparse
 import errno
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 from ..bench.cli import add_commands, whole
 from ..errors import EmilieError
 from ..speed.cli import add_options, run_speed
-from . import demo, edit
+from . import batch, demo, edit, insert, language, looks
 from .options import EMA_CHOICES, EMA_HELP, add_model_options, add_path_options, load_editor, writable
 
 
@@ -21,12 +22,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run a command line; the exit code: 0, 2 for bad input, 130 when interrupted, 1 by a red check."""
     for stream in (sys.stdout, sys.stderr):  # what a console cannot show is escaped, and nothing more depends on it
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    top = parser()
-    args, rest = top.parse_known_args(argv)
+    top, given = parser(), sys.argv[1:] if argv is None else argv
+    if not given:
+        print(language.FIRST)
+        return 0
+    if told := language.not_a_command(given[0]):
+        top.error(told)
+    args, rest = top.parse_known_args(given)
     if args.command == "edit" and not any(word.startswith("-") for word in rest):
         args.instructions, rest = args.instructions + rest, []  # argparse stops at the first option in between
     if rest:
@@ -36,8 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             warnings.simplefilter("always", UserWarning)
             told: set[str] = set()
             warnings.showwarning = lambda message, *_: tell_once(str(message), told)
-            args.run(args)
-        return 0
+            return args.run(args) or 0
     except EmilieError as error:
         print(f"emilie: error: {error}", file=sys.stderr)
     except OSError as error:
@@ -68,18 +73,32 @@ def parser() -> Parser:
     about = "Edit a scene of the small world by four instructions with the model that ships."
     demo.add_options(command("demo", demo.run, about))
     about = "Edit a picture by one instruction after another, each anywhere or in a mask."
-    edit.add_options(command("edit", edit.run, about))
+    edit.add_options(command("edit", run_edit, about))
+
+    about = "Try guidance's two scales, and seeds, at once: one labelled sheet and the single pictures."
+    looks.add_grid_options(command("grid", looks.run_grid, about))
+    about = "Show where an instruction would act, as a map over the picture and as a mask."
+    looks.add_where_options(command("where", looks.run_where, about))
+
+    about = "Tell in a minute or two whether this machine with these weights is all right; 1 where something is red."
+    well = command("check", run_check, about)
+    well.add_argument("--json", action="store_true", help="for programs")
+    add_model_options(well, find=True)
+    add_path_options(well)
+
+    about = "Insert an object: GracoNet says where, BLIP-2 what it is, EMILIE draws it there."
+    insert.add_options(command("insert", insert.run, about))
 
     page = command("studio", run_studio, "Edit on a page in the browser: paint where, say what, undo, branch, save.")
     page.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this computer only)")
     page.add_argument("--port", type=int, default=7860, help="default: 7860; 0 takes any free one")
     page.add_argument("--open", action="store_true", help="open the browser too")
     page.add_argument("--auth", metavar="USER:PASSWORD", help="who may come in (beyond this computer default: a link)")
-    add_model_options(page)
+    add_model_options(page, find=True)
     add_path_options(page)
 
-    info = command("info", run_info, "Tell what a weight file is: families, dtype, size, which model it fits.")
-    info.add_argument("file", type=Path)
+    info = command("info", run_info, "Tell what a weight file is and which model it fits, or how a picture was made.")
+    info.add_argument("file", type=Path, help="weights, or a PNG that `emilie edit` wrote")
     info.add_argument("--sha256", action="store_true", help="also hash the file and say whether it is the released one")
 
     convert = command("convert", run_convert, "Write the one family of weights that inference needs, about 2.1 GB.")
@@ -90,9 +109,11 @@ def parser() -> Parser:
     convert.add_argument("--ema", choices=EMA_CHOICES, default="auto", help=EMA_HELP)
     convert.add_argument("--overwrite", action="store_true")
 
-    download = command("download", run_download, "Fetch the released weights (7.7 GB) and CLIP's tokenizer, once.")
+    about = "Fetch, verify and convert the released weights (7.7 GB, of which 2.1 stay), and CLIP's tokenizer."
+    download = command("download", run_download, about)
     download.add_argument("--out", type=Path, default=Path("weights"), metavar="DIR", help="default: weights")
     download.add_argument("--tokenizer", action="store_true", help="only the tokenizer files")
+    download.add_argument("--keep", action="store_true", help="keep the 7.7 GB once the 2.1 GB of them are made")
 
     evaluate = command("toy-eval", run_toy_eval, "Measure the model that ships against the small world's ground truth.")
     evaluate.add_argument("--scenes", type=whole, default=200, help="unseen scenes (default: 200)")
@@ -109,6 +130,10 @@ def parser() -> Parser:
     return top
 
 
+def run_edit(args: argparse.Namespace) -> int | None:
+    return edit.run(args) if args.batch is None else batch.run(args)
+
+
 def run_studio(args: argparse.Namespace) -> None:
     from .studio import listen, studio
 
@@ -116,10 +141,17 @@ def run_studio(args: argparse.Namespace) -> None:
     studio(load_editor(args), args.host, args.port, args.open, args.auth)
 
 
+def run_check(args: argparse.Namespace) -> int:
+    from . import check
+
+    return check.run(args)
+
+
 def run_info(args: argparse.Namespace) -> None:
+    from ..canvas import about
     from ..checkpoint.info import info
 
-    print(info(args.file, sha256=args.sha256))
+    print(about.lines(args.file) if about.is_png(args.file) else info(args.file, sha256=args.sha256))
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -133,8 +165,13 @@ def run_convert(args: argparse.Namespace) -> None:
 
 def run_download(args: argparse.Namespace) -> None:
     from ..checkpoint.download import download
+    from ..checkpoint.ready import ready
 
-    print(download(args.out, tokenizer_only=args.tokenizer))
+    if args.tokenizer:
+        print(download(args.out, tokenizer_only=True))
+        return
+    path = ready(args.out, args.keep, tell=partial(print, flush=True))
+    print(f'ready: {path}. Now: emilie check, then emilie edit photo.jpg "make it winter"')
 
 
 def run_toy_eval(args: argparse.Namespace) -> None:

@@ -165,7 +165,7 @@ def routes(visitors: Mapping) -> list[Route]:
         visitor, name, size = who(request), request.query_params.get("name", ""), 0
         visitor.uploaded = name, None
         folder = tempfile.TemporaryDirectory(prefix="emilie-")
-        path = Path(folder.name) / ("upload" + ".safetensors" * name.endswith(".safetensors"))
+        path = Path(folder.name) / ("upload" + ".canvas" * name.endswith((".canvas", ".safetensors")))
         with open(path, "wb") as file:
             async for chunk in request.stream():
                 size += len(chunk)

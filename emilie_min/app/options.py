@@ -4,14 +4,19 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from ..errors import EmilieError
+from ..errors import EmilieError, note, printable
 
 EMA_CHOICES = ("auto", "yes", "no")  # without PyTorch, see `checkpoint.reading.key_map`
 EMA_HELP = "of a file with two UNets, the averaged one or the other (default: auto, the averaged one if there is one)"
 
 
-def add_model_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--weights", help="a .ckpt or .safetensors file or diffusers' folder (default: the small model)")
+def add_model_options(sub: argparse.ArgumentParser, find: bool = False) -> None:
+    """find: without --weights take the released ones, where they are."""
+    default = (
+        "weights/ip2p.safetensors if `emilie download` made it, else the small model" if find else "the small model"
+    )
+    sub.add_argument("--weights", help=f"a .ckpt or .safetensors file or diffusers' folder (default: {default})")
+    sub.set_defaults(find=find)
     sub.add_argument("--config", help="ip2p, sd15, toy or a YAML file (default: told by the weights)")
     sub.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder with CLIP's vocab.json and merges.txt")
     sub.add_argument("--device", help="cuda, cpu, ... (default: the best here)")
@@ -31,8 +36,11 @@ def load_editor(args: argparse.Namespace):
     """The `Editor` of these options, told in a line."""
     from ..loading import load
 
+    weights = args.weights
+    if weights is None and args.find and args.config is None:
+        weights = find_released()
     editor = load(
-        args.weights,
+        weights,
         args.config,
         args.device,
         args.dtype,
@@ -42,8 +50,32 @@ def load_editor(args: argparse.Namespace):
         args.plain,
         args.ema,
     )
-    print(f"{editor.model}: {editor.family} weights, {editor.dtype}, {editor.device}".replace("torch.", ""))
+    small = ", the small model that ships" if weights is None else ""
+    print(f"{editor.model}{small}: {editor.family} weights, {editor.dtype}, {editor.device}".replace("torch.", ""))
     return editor
+
+
+def find_released() -> Path | None:
+    """The released weights, converted or as they came, where `emilie download` puts them; None: they are not there."""
+    from ..checkpoint.download import RELEASED
+    from ..checkpoint.ready import READY
+    from ..loading import weights_folders
+
+    paths = [folder / name for name in (READY, *RELEASED.values()) for folder in weights_folders()]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def tell_foreign(editor, picture, name: str = "the picture") -> bool:
+    """Whether a small model is given a working picture that is no scene of its world, which is told."""
+    from ..toy import judge, world
+
+    if editor.config.sampling.resolution != world.SIZE or judge.is_scene(picture):
+        return False
+    note(
+        f"{printable(name, 100)} is no scene of the small model's world of shapes, and it knows nothing else: expect "
+        "mud. `emilie download` fetches the released weights, which edit photos"
+    )
+    return True
 
 
 def writable(folder: Path, option: str = "--out") -> Path:
@@ -58,10 +90,11 @@ def writable(folder: Path, option: str = "--out") -> Path:
 
 
 def edit_with_bar(canvas, number: int, regions: list[tuple], **settings):
-    """`Canvas.edit`, the number-th of this run, with a bar of its steps."""
+    """`Canvas.edit`, or a `Photo`'s, the number-th of this run, with a bar of its steps."""
     from tqdm import tqdm
 
-    steps = settings.get("steps") or canvas.editor.config.sampling.steps
+    editor = getattr(canvas, "canvas", canvas).editor
+    steps = settings.get("steps") or editor.config.sampling.steps
     with tqdm(total=steps, desc=f"{number}. {' + '.join(text for text, _ in regions)}", leave=True) as bar:
         for step in canvas.steps(regions, **settings):
             bar.update(step.sigma > 0)

@@ -48,7 +48,7 @@ class Visitor:
             return self.open(str(path), name)
 
     def open(self, path: str, name: str = "") -> str:
-        """Go on with a picture, or with a canvas that was saved (.safetensors); name: what the visitor calls it."""
+        """Go on with a picture, or with a canvas that was saved (.canvas); name: what the visitor calls it."""
         name = printable(os.path.basename(name or path), 100)
         try:
             with warnings.catch_warnings(record=True) as notes:
@@ -56,8 +56,8 @@ class Visitor:
                 canvas = open_canvas(path, self.editor)
         except EmilieError as error:
             raise type(error)(str(error).replace(path, name)) from error
-        stem = name.removesuffix(".safetensors").removesuffix(".canvas") if name.endswith(".safetensors") else None
-        self.canvas, self.name, self.paint = canvas, stem or Path(name).stem, None
+        stem = name.removesuffix(".safetensors").removesuffix(".canvas")
+        self.canvas, self.name, self.paint = canvas, stem if stem != name else Path(name).stem, None
         return ". ".join([f"{name} is open", *(str(note.message).replace(path, name) for note in notes)])
 
     def new_scene(self, seed: int) -> str:
@@ -125,7 +125,7 @@ class Visitor:
         if what == "canvas":
             with tempfile.TemporaryDirectory() as folder:
                 canvas.save(Path(folder) / "canvas")
-                return f"{self.name}.canvas.safetensors", (Path(folder) / "canvas").read_bytes()
+                return f"{self.name}.canvas", (Path(folder) / "canvas").read_bytes()
         if what == "picture":
             return f"{self.name}_{canvas.at}.png", png(canvas.image)
         cells = [(canvas.states[0].image, "input", None), *((s.image, s.instruction, s.mask) for s in canvas.history)]

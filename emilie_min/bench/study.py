@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..checkpoint.schema import quote
 from ..errors import BenchError
-from .io import open_picture, quote, read_json
+from .io import open_picture, read_json
 from .metrics import percentiles
 from .page import Table, Value, data_uri, evenly_spaced, render, save, working_mask
 from .run import Run

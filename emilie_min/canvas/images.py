@@ -1,17 +1,20 @@
 """Pictures and masks on their way in and out: from what `pictures` opens to tensors, and back."""
 
 import math
+import operator
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageFilter, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..checkpoint.writing import atomic_write
 from ..emilie import Editor
-from ..errors import ImageError, MaskError, SamplingError, note
+from ..errors import ImageError, MaskError, SamplingError, note, printable
 from . import masks
 from .pictures import SIDEWAYS, SMALLEST, TURNS, Picture, Source, open_picture, read_stored, srgb_profile, tell
 
@@ -38,11 +41,14 @@ def read_image(picture: Picture) -> Image.Image:
     return image
 
 
-def save(image: Image.Image, path: Path) -> Path:
-    """A PNG that says that it is sRGB, whole or not at all; -> the path. Raises ImageError."""
+def save(image: Image.Image, path: Path, about: Mapping[str, str] | None = None) -> Path:
+    """A PNG that says that it is sRGB, whole or not at all; -> the path. about: texts to put in. Raises ImageError."""
+    texts = PngInfo()
+    for key, text in (about or {}).items():
+        texts.add_itxt(key, text)
     try:
         with atomic_write(path) as f:
-            image.save(f, format="PNG", icc_profile=srgb_profile())
+            image.save(f, format="PNG", icc_profile=srgb_profile(), pnginfo=texts)
     except OSError as error:
         raise ImageError(f"cannot write {path}: {error.strerror or error}") from error
     return path
@@ -69,6 +75,55 @@ def fit_size(size: tuple[int, int], resolution: int | str, multiple: int) -> tup
     return width, height
 
 
+def near_size(size: tuple[int, int], resolution: int | str, multiple: int) -> tuple[int, int]:
+    """The working size for the whole of a picture: each side the multiple that is nearest, so that nothing is cropped.
+
+    The longer side comes near `resolution`; the sides' proportion changes by what rounding to multiples changes, and
+    changes back where the result is brought to the picture's own size. Raises ImageError.
+    """
+    if resolution == "native":
+        raise ImageError('a part of a picture is worked on at a resolution in px, not "native"')
+    fit_size(size, resolution, multiple)  # which says what a resolution may be
+    scale = int(resolution) / max(size)
+    width, height = (max(1, round(side * scale / multiple)) * multiple for side in size)
+    return width, height
+
+
+def place(original: tuple[int, int], working: tuple[int, int], native: bool = False) -> Box:
+    """The box of a picture that `fit`, or with native `crop`, makes the working picture of, in whole pixels."""
+    scale = 1 if native else min(original[0] / working[0], original[1] / working[1])
+    size = round(working[0] * scale), round(working[1] * scale)
+    x, y = (original[0] - size[0]) // 2, (original[1] - size[1]) // 2
+    return x, y, x + size[0], y + size[1]
+
+
+def read_part(part: Box, size: tuple[int, int]) -> Box:
+    """A box of a picture of (width, height). Raises ImageError."""
+    try:
+        x0, y0, x1, y1 = (operator.index(v) for v in part)
+    except (TypeError, ValueError):
+        raise ImageError(f"a part is four whole numbers x0, y0, x1, y1, not {printable(part, 80)}") from None
+    if not (0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]) or min(x1 - x0, y1 - y0) < SMALLEST:
+        raise ImageError(
+            f"part {x0},{y0},{x1},{y1} is no box of the picture of {size[0]}x{size[1]}, {SMALLEST} px a side"
+        )
+    return x0, y0, x1, y1
+
+
+def view(photo: Image.Image, size: tuple[int, int], native: bool = False, part: Box | None = None) -> Image.Image:
+    """The working picture of a photo: of a part of it, scaled; else of its middle, cropped alone where it is native."""
+    if part is not None:
+        return scale(photo, part, size)
+    return crop(photo, size) if native else fit(photo, size)
+
+
+def scale(
+    image: Image.Image, part: Box, size: tuple[int, int], resample: int = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """A box of a picture at another size."""
+    return image.crop(part).resize(size, resample)
+
+
 def fit(image: Image.Image, size: tuple[int, int], resample: int = Image.Resampling.LANCZOS) -> Image.Image:
     """Scale to cover `size` and crop to it around the centre (the original's ImageOps.fit, Lanczos)."""
     return image if image.size == size else ImageOps.fit(image, size, method=resample)
@@ -87,18 +142,35 @@ def restore_size(
 
     native: it was cropped, not scaled. edited_mask: at working size, outside which the original is kept to the bit.
     """
-    scale = 1 if native else min(original.width / edited.width, original.height / edited.height)
-    size = round(edited.width * scale), round(edited.height * scale)
-    corner = (original.width - size[0]) // 2, (original.height - size[1]) // 2
-    alpha = Image.new("L", size, 255)
-    if edited_mask is not None:
-        inner = (
-            edited_mask if native else edited_mask.filter(ImageFilter.MinFilter(3))
-        )  # so that scaling does not spread it
-        alpha = inner.resize(size, Image.Resampling.NEAREST)
-    out = original.copy()
-    out.paste(edited if edited.size == size else edited.resize(size, Image.Resampling.LANCZOS), corner, alpha)
+    box, alpha = place(original.size, edited.size, native), None
+    if edited_mask is not None:  # so that scaling does not spread it
+        alpha = edited_mask if native else edited_mask.filter(ImageFilter.MinFilter(3))
+        alpha = alpha.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.NEAREST)
+    return put_back(edited, original, box, alpha)
+
+
+def put_back(edited: Image.Image, photo: Image.Image, box: Box, alpha: Image.Image | None = None) -> Image.Image:
+    """The photo with an edited working picture of its box in its place; alpha: of the box's size, 0 = as it was."""
+    size = box[2] - box[0], box[3] - box[1]
+    out = photo.copy()
+    out.paste(edited if edited.size == size else edited.resize(size, Image.Resampling.LANCZOS), box[:2], alpha)
     return out
+
+
+def blend_mask(mask: Image.Image, given: Image.Image | None, box: Box, feather: int) -> Image.Image:
+    """How much of an edit shows at a photo's own size: an alpha of the box's size, 0 wherever the mask is.
+
+    mask: at working size; given: the same at the photo's, None where it is not known, then a pixel at the border is
+    left out; feather: px of the working picture, inside the mask, over which the edit sets in.
+    """
+    size = box[2] - box[0], box[3] - box[1]
+    if given is None:
+        limit = mask.filter(ImageFilter.MinFilter(3)) if size != mask.size else mask
+        limit = limit.point(lambda v: 255 if v else 0).resize(size, Image.Resampling.NEAREST)
+    else:
+        limit = given.crop(box).point(lambda v: 255 if v else 0)
+    alpha = feathered(mask.point(lambda v: 255 if v else 0), feather)
+    return ImageChops.darker(alpha.resize(size, Image.Resampling.BILINEAR), limit)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -139,13 +211,39 @@ def read_mask(
     soft: bool = False,
     factor: int | None = None,
     turned: int | None = None,
+    part: Box | None = None,
 ) -> Image.Image:
     """A mask as PIL "L" at working size, white where to edit; black or white, with `soft` also grey.
 
     A picture or array has the size (width, height) of the input or of the working picture, see `masks.meaning`; a box
     (x0, y0, x1, y1) is in pixels of the input, its far edges excluded. factor: the autoencoder's scale, to tell of
-    parts that vanish at it. turned: the EXIF orientation that the input was turned by, if it was. Raises MaskError.
+    parts that vanish at it. turned: the EXIF orientation that the input was turned by, if it was. part: the box of the
+    input that the working picture shows, if it is not the one of `place`. Raises MaskError.
     """
+    given = read_given(mask, original, working, soft, turned)
+    image = given
+    if part is not None and image.size == original:
+        image = scale(image, part, working, Image.Resampling.BOX)
+    elif image.size == original != working:
+        image = crop(image, working) if native else fit(image, working, Image.Resampling.BOX)
+    if not soft:
+        image = image.point(lambda v: 255 if v >= 128 else 0)
+    if not image.getbbox():
+        raise MaskError("nothing is left of the mask: it is fainter than middle grey, or lies where edges are cropped")
+    if factor is not None:
+        shown = part if part is not None and given.size == original else place(given.size, working, native)
+        tell_lost_parts(given, image, shown, soft, factor)
+    return image
+
+
+def read_given(
+    mask: Picture | Box,
+    original: tuple[int, int],
+    working: tuple[int, int],
+    soft: bool = False,
+    turned: int | None = None,
+) -> Image.Image:
+    """A mask as PIL "L" at the size at which it was given, see `read_mask`. Raises MaskError."""
     if isinstance(mask, (tuple, list)):
         if len(mask) != 4 or not all(isinstance(v, (int, np.integer)) for v in mask):
             raise MaskError(f"a box is four whole numbers x0, y0, x1, y1, not {mask}")
@@ -171,15 +269,6 @@ def read_mask(
     tell(source)
     if not image.getbbox():
         raise MaskError("the mask is empty: white marks where to edit")
-    given = image
-    if image.size == original != working:
-        image = crop(image, working) if native else fit(image, working, Image.Resampling.BOX)
-    if not soft:
-        image = image.point(lambda v: 255 if v >= 128 else 0)
-    if not image.getbbox():
-        raise MaskError("nothing is left of the mask: it is fainter than middle grey, or lies where edges are cropped")
-    if factor is not None:
-        tell_lost_parts(given, image, native, soft, factor)
     return image
 
 
@@ -203,12 +292,12 @@ def turn_alike(
     return mask
 
 
-def tell_lost_parts(given: Image.Image, working: Image.Image, native: bool, soft: bool, factor: int) -> None:
-    """Tell which connected parts of a mask, as it was given, no cell of the latent has."""
+def tell_lost_parts(given: Image.Image, working: Image.Image, box: Box, soft: bool, factor: int) -> None:
+    """Tell which connected parts of a mask, as it was given, no cell of the latent has; box: what the latent shows."""
     cells = latent_mask(working, factor, soft)[0, 0].numpy() > 0
     kept = Image.fromarray((cells * 255).astype(np.uint8)).resize(working.size, Image.Resampling.NEAREST)
     if given.size != working.size:
-        kept = restore_size(kept, Image.new("L", given.size), native)
+        kept = put_back(kept, Image.new("L", given.size), box)
     step = math.ceil(math.sqrt(given.width * given.height / 2**22))
     seen = given.point(lambda v: 255 if v > 1 and (soft or v >= masks.MIDDLE[0]) else 0)
     if step > 1:
@@ -243,9 +332,13 @@ def latent_mask(mask: Image.Image, factor: int, soft: bool = False) -> Tensor:
 
 def paste_back(edited: Image.Image, background: Image.Image, mask: Image.Image, feather: int) -> Image.Image:
     """`edited` inside the mask, `background` outside to the bit, blended over `feather` px that lie inside the mask."""
+    return Image.composite(edited, background, feathered(mask, feather))
+
+
+def feathered(mask: Image.Image, feather: int) -> Image.Image:
+    """A mask that rises from its border over `feather` px that lie inside it."""
     alpha, total = mask, np.zeros((mask.height, mask.width))
     for _ in range(feather):
         total += np.asarray(alpha)
         alpha = alpha.filter(ImageFilter.MinFilter(3))
-    alpha = Image.fromarray(np.ceil(total / max(feather, 1)).astype(np.uint8)) if feather else mask
-    return Image.composite(edited, background, alpha)
+    return Image.fromarray(np.ceil(total / max(feather, 1)).astype(np.uint8)) if feather else mask

@@ -1,6 +1,7 @@
 """`emilie convert`: what sampling needs of a weight file, in one precision."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,12 +22,13 @@ def convert(
     config: str | Path | None = None,
     overwrite: bool = False,
     ema: str = "auto",
+    about: Mapping[str, str] | None = None,
 ) -> str:
     """Write what sampling needs of a weight file, and no more, as .safetensors; returns a line that says what was done.
 
     The UNet is written under the raw weights' names and filled with the EMA ones where there are any, so the result
     is a common pruned copy. dtype: "float16", "bfloat16" or "float32". The result is held in memory, 2.1 GB of the
-    released model in float16, and the target appears when it is whole. ema: see `reading.key_map`.
+    released model in float16, and the target appears when it is whole. ema: see `reading.key_map`; about: more notes.
     Raises CheckpointError, ConfigError.
     """
     source, target, dtype = Path(source), Path(target), str(dtype).removeprefix("torch.")
@@ -52,6 +54,7 @@ def convert(
     reading.tell_apart(reader, wanted["unet"], report.family, ema)
     nbytes = sum(torch.Size(entries[key].shape).numel() for key in keys.values()) * getattr(torch, dtype).itemsize
     notes = {"format": "pt", "source": os.fsencode(source.name).decode("utf-8", "replace"), "family": report.family}
+    notes |= about or {}
     try:
         writing.need_space(target.parent, nbytes)
         for name, key in keys.items():

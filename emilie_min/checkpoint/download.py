@@ -1,4 +1,4 @@
-"""`emilie download`: the released weights and CLIP's tokenizer, once. Nothing here needs PyTorch."""
+"""The released weights and CLIP's tokenizer, from the hub, once. Nothing here needs PyTorch."""
 
 import hashlib
 import os
@@ -20,6 +20,10 @@ RELEASED = {  # by SHA-256
 REPOSITORY, WEIGHTS = "timbrooks/instruct-pix2pix", "instruct-pix2pix-00-22000.safetensors"
 CLIP = "openai/clip-vit-large-patch14"
 TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json")  # taken where the repository has them
+WAYS = (  # to the hub, for the end of a message
+    "is this machine online? Behind a proxy set HTTPS_PROXY=http://HOST:PORT, for a mirror HF_ENDPOINT=https://HOST, "
+    "and HF_HUB_OFFLINE must not be 1"
+)
 
 
 def hash_file(path: str | Path) -> str:
@@ -122,6 +126,5 @@ def _fetch(
         if isinstance(error, HTTPError | ConnectionError | TimeoutError) or error.errno is None:
             kept = partial.stat().st_size if resume and partial.exists() else 0
             again = f"run the same command again, {tqdm.format_sizeof(kept, 'B')} are kept"
-            online = again if kept else "is this machine online?"
-            raise complaint(f"{url} cannot be fetched ({first_line(error)}): {online}") from error
+            raise complaint(f"{url} cannot be fetched ({first_line(error)}): {again if kept else WAYS}") from error
         raise complaint(f"{target} cannot be written: {writing.explain(error)}") from error

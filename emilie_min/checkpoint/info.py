@@ -40,9 +40,9 @@ def info(path: str | Path, sha256: bool = False, config: str | Path | None = Non
     kind = "diffusers' folder" if path.is_dir() else "torch.save" if notes is None else "safetensors"
     size = tqdm.format_sizeof(reading.nbytes(path, entries), "B")
     lines = [str(path), f"  format       {kind}, {size}, {len(entries)} tensors"]
-    for key in ("source", "family"):  # what `convert` notes
+    for key, name in (("source", "source"), ("family", "family"), ("sha256", "its sha256")):  # what `convert` notes
         if key in (notes or {}):
-            lines.append(f"  {key:<12} {printable(notes[key], 80)}")
+            lines.append(f"  {name:<12} {printable(notes[key], 80)}")
     rest = dict(entries)
     for name, prefix in prefixes.items():
         family = [rest.pop(key) for key in list(rest) if key.startswith(prefix)]

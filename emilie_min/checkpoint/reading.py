@@ -62,14 +62,16 @@ class Entry:
         return 0 if 0 in self.shape else 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride))
 
 
-def index(path: str | Path) -> dict[str, Entry]:
+def index(path: str | Path, inside: str | None = None) -> dict[str, Entry]:
     """Every tensor of a weight file or of diffusers' folder, by its key in the original layout, without reading one.
 
-    Raises CheckpointError for a file that is missing, cut short, of another format, or that would run code when read.
+    inside: of a .ckpt, the entry that holds a state dict of each network, whose keys become network.key; where there
+    is none, as without. Raises CheckpointError for a file that is missing, cut short, of another format, or that would
+    run code when read.
     """
     try:
         path = Path(path)
-        entries = _index_folder(path) if path.is_dir() else _renamed(path, _index(path))
+        entries = _index_folder(path) if path.is_dir() else _renamed(path, _index(path, inside))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except CheckpointError as error:  # may quote the file
@@ -137,7 +139,7 @@ def _part(folder: Path, stems: tuple[str, ...]) -> list[Path]:
     raise CheckpointError(f"{folder} holds no {stems[0]}.safetensors and no {stems[-1]}.bin")
 
 
-def _index(path: Path) -> dict[str, Entry]:
+def _index(path: Path, inside: str | None = None) -> dict[str, Entry]:
     if not path.is_file():
         raise CheckpointError(f"no weights at {path}: `emilie download` fetches the released ones")
     with open(path, "rb") as f:
@@ -145,7 +147,7 @@ def _index(path: Path) -> dict[str, Entry]:
     if _is_safetensors(path):
         return _index_safetensors(path)
     if head.startswith(b"PK"):
-        return _index_ckpt(path)
+        return _index_ckpt(path, inside)
     wrong = f"{path} ({size} bytes) is neither a .safetensors file nor a .ckpt of PyTorch's"
     if head.startswith(b"\x80\x02"):
         wrong = f"{path} is a bare pickle, as PyTorch wrote them before 1.6: load it with PyTorch and save it anew"
@@ -201,7 +203,7 @@ def nbytes(path: str | Path, entries: dict[str, Entry]) -> int:
     return sum(file.stat().st_size for file in {entry.file or Path(path) for entry in entries.values()})
 
 
-def _index_ckpt(path: Path) -> dict[str, Entry]:
+def _index_ckpt(path: Path, inside: str | None = None) -> dict[str, Entry]:
     """Tensors of a file that `torch.save` wrote: unpickled with weights_only under FakeTensorMode, which reads no data.
 
     Lightning also pickles its callbacks' classes. Each name that PyTorch does not know stands for an inert
@@ -216,7 +218,8 @@ def _index_ckpt(path: Path) -> dict[str, Entry]:
         placeholders: list[Any] = [(_Placeholder(name, (), {}), name) for name in names]
         with FakeTensorMode(), torch.serialization.safe_globals(placeholders), open(path, "rb") as f:
             state = torch.load(f, weights_only=True)  # not by its path, whose name torch.load would believe
-        tensors = _tensors(path, state)
+        nested = state.get(inside) if isinstance(state, dict) and inside else None
+        tensors = joined(nested) if isinstance(nested, dict) else _tensors(path, state)
         entries = {key: _placed(key, t, records) for key, t in tensors.items()}
     except CheckpointError as error:
         raise CheckpointError(f"{path} is refused: {error}") from error
@@ -227,6 +230,17 @@ def _index_ckpt(path: Path) -> dict[str, Entry]:
     if not entries:
         raise CheckpointError(f"{path} holds no state_dict of tensors")
     return entries
+
+
+def joined(parts: dict) -> dict[str, Tensor]:
+    """The tensors of a dict of state dicts, by part.key."""
+    states = {part: state for part, state in parts.items() if isinstance(part, str) and isinstance(state, dict)}
+    return {
+        f"{part}.{key}": tensor
+        for part, state in states.items()
+        for key, tensor in state.items()
+        if isinstance(key, str) and isinstance(tensor, Tensor)
+    }
 
 
 def _tensors(path: Path, state: object) -> dict[str, Tensor]:
@@ -388,32 +402,62 @@ def check(
     report = LoadReport(family)
     missing, misshapen = [], []
     for part, names in wanted.items():
-        shapes = {name: tuple(p.shape) for name, p in networks[part].state_dict().items()}
-        for name, key in names.items():
-            if key not in entries:
-                missing.append(key)
-            elif entries[key].shape != shapes[name]:
-                misshapen.append(f"{key} is {_by(entries[key].shape)} and should be {_by(shapes[name])}")
-            elif not entries[key].dtype.is_floating_point:
-                misshapen.append(f"{key} holds {entries[key].dtype} and should hold floating-point numbers")
+        lacking, other = unfit(networks[part], names, entries)
+        missing, misshapen = missing + lacking, misshapen + other
     rules = dict(DROPPED)
     if family == "EMA":
         rules["raw UNet weights beside the EMA ones"] = re.escape(RAW) + ".*"
     else:
         rules["EMA weights beside the raw ones"] = re.escape(EMA) + ".*"
-    extra = []
-    for key in entries.keys() - {key for names in wanted.values() for key in names.values()}:
-        rule = next((rule for rule, pattern in rules.items() if re.fullmatch(pattern, key)), None)
-        if rule:
-            report.dropped[rule] = report.dropped.get(rule, 0) + 1
-        else:
-            extra.append(key)
+    report.dropped, extra = left_over(entries, {key for names in wanted.values() for key in names.values()}, rules)
     strangers = [key for key in extra if not key.startswith((RAW, EMA, VAE, TEXT))]
     if not (missing or misshapen) and extra == strangers and extra:
         names = f"{', '.join(sorted(extra)[:3])}{', ...' if len(extra) > 3 else ''}"
         note(f"{what} also holds {len(extra)} tensors that no network asks for, which are left out: {printable(names)}")
         report.dropped["tensors that no network asks for"] = len(extra)
         extra = []
+    complain(what, missing, misshapen, extra)
+    return wanted, report
+
+
+def fit(net: nn.Module, wanted: dict[str, str], entries: dict[str, Entry], rules: dict[str, str], what: str) -> None:
+    """Raises CheckpointError unless a file holds what one network wants and, but for what `rules` name, nothing else.
+
+    wanted: the file's key of each parameter; rules: patterns of keys, by what they are.
+    """
+    complain(what, *unfit(net, wanted, entries), left_over(entries, set(wanted.values()), rules)[1])
+
+
+def unfit(net: nn.Module, wanted: dict[str, str], entries: dict[str, Entry]) -> tuple[list[str], list[str]]:
+    """Of the keys that a network wants, those that a file lacks, and those of another shape or kind of number."""
+    missing, misshapen = [], []
+    for name, own in net.state_dict().items():
+        key = wanted[name]
+        if key not in entries:
+            missing.append(key)
+        elif entries[key].shape != tuple(own.shape):
+            misshapen.append(f"{key} is {_by(entries[key].shape)} and should be {_by(tuple(own.shape))}")
+        elif entries[key].dtype.is_floating_point != own.dtype.is_floating_point:
+            kind = "floating-point" if own.dtype.is_floating_point else "whole"
+            misshapen.append(f"{key} holds {entries[key].dtype} and should hold {kind} numbers")
+    return missing, misshapen
+
+
+def left_over(entries: dict[str, Entry], wanted: set[str], rules: dict[str, str]) -> tuple[dict[str, int], list[str]]:
+    """Of the keys that nothing wants, how many fall under which rule, and the others."""
+    dropped: dict[str, int] = {}
+    extra = []
+    for key in entries.keys() - wanted:
+        rule = next((rule for rule, pattern in rules.items() if re.fullmatch(pattern, key)), None)
+        if rule:
+            dropped[rule] = dropped.get(rule, 0) + 1
+        else:
+            extra.append(key)
+    return dropped, extra
+
+
+def complain(what: str, missing: list[str], misshapen: list[str], extra: list[str]) -> None:
+    """Raises CheckpointError with the first of each, where there are any."""
     complaints = [
         f"{len(keys)} {kind} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
         for kind, keys in (("missing", missing), ("misshapen", misshapen), ("unknown", extra))
@@ -421,7 +465,6 @@ def check(
     ]
     if complaints:
         raise CheckpointError(f"{what}: {'; '.join(complaints)}")
-    return wanted, report
 
 
 def _by(shape: tuple[int, ...]) -> str:

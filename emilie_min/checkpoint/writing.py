@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,6 +33,26 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write that takes `path`'s place when the block ends, and leaves no trace if the block raises."""
     with atomic_path(path) as partial, open(partial, "wb") as f:
         yield f
+
+
+@contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """No other process is in here with this folder meanwhile; where the system has no such lock, that is not promised.
+
+    The lock is the folder's own, so it leaves no file behind and goes with a process that is killed.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have none
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_bytes(data: bytes, path: str | Path) -> None:

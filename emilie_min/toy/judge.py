@@ -39,6 +39,7 @@ MAX_RMS = 8.0
 # How far, as a distance in RGB, the mean of a block of 8x8 pixels may be off. Blur of radius 0.7 moves it by 12 at most
 # and 4 grey levels are 7, but a patch of the old colour that was left in place is 67 and more, half that if faded.
 MAX_STAIN = 30.0
+MOST_TILES = 16  # of a larger picture that are looked at
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,14 @@ def read(image: Image.Image | np.ndarray) -> Reading:
     far = np.asarray(Image.fromarray(drawn.astype(np.uint8)).filter(ImageFilter.MaxFilter(5))) == 0
     background_rms = float(np.sqrt(np.square(error[_bare() & far]).mean()))
     return Reading(scene, background_rms, dict(zip(PLACES, rms.tolist())), dict(zip(PLACES, stain.tolist())))
+
+
+def is_scene(image: Image.Image | np.ndarray) -> bool:
+    """Whether a picture is a scene of the world, clean or not, or made of scenes, of which one in its tiles tells."""
+    a = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    rows, columns = (range(0, side - SIZE + 1, SIZE) for side in a.shape[:2])
+    corners = [(y, x) for y in rows for x in columns][:MOST_TILES]
+    return any(read(a[y : y + SIZE, x : x + SIZE]).background_rms < 3 * MAX_RMS for y, x in corners)
 
 
 def judge(image: Image.Image | np.ndarray, after: Scene, before: Scene | None = None) -> Verdict:

@@ -31,7 +31,7 @@ def test_the_command_takes_several_regions(photo, capsys):
     canvas = emilie.open(photo, editor, seed=0)
     for regions in ([(NIGHT, LEFT), (COMIC, RIGHT)], [(DAY, None), (NIGHT, LEFT)]):
         canvas.edit(regions, steps=1)
-    written = emilie.open("out/photo.canvas.safetensors", editor)
+    written = emilie.open("out/photo.canvas", editor)
     assert [s.regions for s in written.history] == [s.regions for s in canvas.history]
     assert torch.allclose(written.latent, canvas.latent, atol=1e-4)
     strip = np.asarray(Image.open("out/photo_strip.png"))
@@ -83,7 +83,7 @@ def test_the_command_takes_what_makes_an_edit_faster(photo, capsys):
         assert np.abs(edit(name, f"--{name}") - plain).max() <= 1  # grey levels
     quick = edit("quick", "--sampler", "dpmpp_2m", "--steps", "6", "--guidance-interval", "0.3,6", "--reuse", "2")
     assert 0 < np.abs(quick - plain).mean() < 30
-    settings = emilie.open("quick/photo.canvas.safetensors").state.settings
+    settings = emilie.open("quick/photo.canvas").state.settings
     said = [settings[name] for name in ("sampler", "steps", "guidance_interval", "reuse")]
     assert said == ["dpmpp_2m", 6, [0.3, 6.0], 2]
     for wrong in ("5,1", "1", "a,b"):

@@ -157,7 +157,7 @@ def test_a_saved_canvas_goes_on(session, editor, tmp_path):
     path = tmp_path / name
     path.write_bytes(data)
     other = Visitor(editor)
-    assert other.open(str(path)) == "scene3.canvas.safetensors is open"
+    assert other.open(str(path)) == "scene3.canvas is open"
     assert other.canvas.at == 1 and [s.instruction for s in other.canvas.states[1:]] == ["make it night", "make it day"]
     assert other.name == "scene3"
     stranger = Visitor(emilie_min.load("random", "toy", device="cpu"))
@@ -168,7 +168,7 @@ def test_what_can_be_saved_is_what_is_seen(session):
     edit(session, "make it night")
     edit(session, "make it day")
     made = [session.file(what) for what in ("picture", "strip", "canvas")]
-    assert [name for name, _ in made] == ["scene3_2.png", "scene3_2_strip.png", "scene3.canvas.safetensors"]
+    assert [name for name, _ in made] == ["scene3_2.png", "scene3_2_strip.png", "scene3.canvas"]
     picture, row = (Image.open(io.BytesIO(data)) for _, data in made[:2])
     assert np.array_equal(picture, session.canvas.image) and row.width > 3 * 256
     assert session.file("key") is None and Visitor(session.editor).file("picture") is None

@@ -32,7 +32,7 @@ def test_no_old_profile_rides_along(photo, capsys):
     wide = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     image = Image.open(photo)
     image.save("tagged.png", icc_profile=wide)
-    code, _, notes = run("edit", "tagged.png", NIGHT, "--input-size", "--box", "1=0,0,32,32", *MODEL, capsys=capsys)
+    code, _, notes = run("edit", "tagged.png", NIGHT, "--box", "1=0,0,32,32", *MODEL, capsys=capsys)
     assert code == 0 and sum("profile" in line for line in notes) == 1
     with Image.open("out/tagged_1.png") as image:
         assert image.info["icc_profile"] == pictures.srgb_profile()
@@ -47,11 +47,15 @@ def test_a_note_is_told_once(photo, capsys):
     assert len(lines) == 1 and "note" in lines[0] and "one colour" in lines[0]
 
 
+def begin(path: Path) -> bool:
+    return bool(edit.make_new([path]))
+
+
 def test_runs_at_the_same_time_take_different_names(tmp_path):
     """Each takes a name, waits for the others, and finds its files its own."""
 
     def take(_):
-        with edit.claimed(tmp_path, "a", range(1, 4), False, None) as (name, session):
+        with edit.claimed(tmp_path, "a", range(1, 4), False, None, begin) as (name, session):
             (tmp_path / f"{name}_1.png").write_bytes(b"x")
             session.write_bytes(b"x")
             return name
@@ -63,28 +67,28 @@ def test_runs_at_the_same_time_take_different_names(tmp_path):
 
 
 def test_names_of_files_that_are_there_are_not_taken(tmp_path):
-    for there in ("a_7.png", "a-2_strip.png", "a-3.canvas.safetensors"):
+    for there in ("a_7.png", "a-2_strip.png", "a-3.canvas"):
         (tmp_path / there).write_bytes(b"mine")
-    with edit.claimed(tmp_path, "a", range(1, 3), False, None) as (name, _):
+    with edit.claimed(tmp_path, "a", range(1, 3), False, None, begin) as (name, _):
         assert name == "a-4"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-2_strip.png", "a-3.canvas.safetensors", "a_7.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-2_strip.png", "a-3.canvas", "a-4.canvas", "a_7.png"]
 
 
 def test_a_session_that_goes_on_stands_beside_its_earlier_pictures(tmp_path):
     (tmp_path / "a_1.png").write_bytes(b"mine")
-    with edit.claimed(tmp_path, "a", range(2, 3), True, tmp_path / "s.safetensors") as (name, session):
-        assert name == "a" and session.name == "s.safetensors"
-    with edit.claimed(tmp_path, "a", range(1, 3), True, tmp_path / "s.safetensors") as (name, _):
+    with edit.claimed(tmp_path, "a", range(2, 3), True, tmp_path / "s.canvas", begin) as (name, session):
+        assert name == "a" and session.name == "s.canvas"
+    with edit.claimed(tmp_path, "a", range(1, 3), True, tmp_path / "s.canvas", begin) as (name, _):
         assert name == "a-2"
 
 
 def test_a_canvas_that_another_run_made_meanwhile(tmp_path):
-    canvas = tmp_path / "s.safetensors"
+    canvas = tmp_path / "s.canvas"
     canvas.write_bytes(b"theirs")
     with pytest.raises(CanvasError, match="another run"):
-        with edit.claimed(tmp_path, "a", range(1, 2), False, canvas):
+        with edit.claimed(tmp_path, "a", range(1, 2), False, canvas, begin):
             pass
-    assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["s.canvas"]
 
 
 @pytest.mark.parametrize("stem", ["x" * 240, "写" * 80])

@@ -1,0 +1,152 @@
+"""`emilie insert`: a base and an object's picture in; proposals, plain paste and EMILIE's picture out (Fig. 8)."""
+
+import argparse
+import os
+from pathlib import Path
+
+from ..errors import BenchError, CanvasError, EmilieError, ImageError, MaskError
+from .edit import add_settings, claimed, read_box, resolution, settings
+from .options import add_model_options, add_path_options, load_editor, tell_foreign, writable
+
+GRID = 40  # rows of a grid at most
+
+
+def add_options(sub: argparse.ArgumentParser) -> None:
+    told = "the picture to insert into; or a benchmark's folder with insets, such as OPA's, for Fig. 8's grid of it"
+    sub.add_argument("base", type=Path, metavar="BASE", help=told)
+    sub.add_argument("inset", type=Path, nargs="?", metavar="INSET", help="a picture of the object, cut out or not")
+    sub.add_argument("--inset-mask", type=Path, metavar="FILE", help="where the object is (default: INSET's alpha)")
+    sub.add_argument("--at", metavar="X0,Y0,X1,Y1", help="where to, in pixels of BASE (default: GracoNet says)")
+    sub.add_argument("--proposals", type=int, default=4, metavar="N", help="places to propose (default: 4)")
+    sub.add_argument("--take", type=int, default=1, metavar="I", help="which of them to take, from 1 (default)")
+    sub.add_argument("--caption", metavar="TEXT", help="what the object is (default: BLIP-2 says)")
+    sub.add_argument("--format", metavar="TEXT", help='how a caption becomes an instruction (default: "add {caption}")')
+    sub.add_argument("--graconet", type=Path, metavar="FILE", help="GracoNet's 11.pth (default: the small model)")
+    sub.add_argument("--blip2", metavar="MODEL", help="a folder, or a name in the hub's cache (default: the small one)")
+    add_settings(sub)
+    sub.add_argument("--resolution", type=resolution, help='longer side to work at, in px, or "native"')
+    sub.add_argument("--canvas", type=Path, metavar="FILE", help="keep the session here; goes on with one that exists")
+    sub.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the pictures")
+    add_model_options(sub, find=True)
+    add_path_options(sub)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..canvas import about, images
+    from ..canvas.canvas import open as open_canvas
+    from ..canvas.photo import Photo, open_photo
+    from ..canvas.session import is_session
+    from ..canvas.strip import strip
+    from ..insert import insertion
+
+    changes, at = settings(args), read_box(args.at, "--at") if args.at is not None else None
+    if args.at is None and not 1 <= args.take <= args.proposals:
+        raise CanvasError(f"--take {args.take}: there are proposals 1 to {args.proposals}")
+    if args.base.is_dir():
+        return over_benchmark(args, changes)
+    if args.inset is None:
+        raise ImageError("what to insert? Name a picture of it, as in `emilie insert base.jpg kite.png`")
+    going_on = args.canvas is not None and os.path.exists(args.canvas)
+    if going_on and not is_session(args.canvas):
+        raise CanvasError(f"{args.canvas} is there and no canvas: name another file with --canvas")
+    if going_on and args.resolution is not None:
+        raise CanvasError("--resolution belongs to the start of a session, and --canvas goes on with one")
+    original, inset = images.read_image(args.base), insertion.read_inset(args.inset, args.inset_mask)
+    editor = load_editor(args)
+    if going_on:
+        try:
+            photo = Photo(original, open_canvas(args.canvas, editor))
+        except CanvasError as error:
+            raise CanvasError(f"{args.canvas} is a session on another picture than {args.base}") from error
+    else:
+        photo = open_photo(original, editor, args.seed or 0, args.resolution)
+    canvas = photo.canvas
+    tell_foreign(editor, canvas.states[0].image, str(args.base))
+    folder = writable(args.out)
+    if args.canvas is not None:
+        writable(args.canvas.parent, "--canvas")
+    proposer = insertion.load_proposer(editor, args.graconet) if at is None else None
+    captioner = insertion.load_captioner(editor, args.blip2) if args.caption is None else None
+    planned = insertion.plan(
+        canvas, inset, None, at, args.proposals, args.caption, args.seed, args.format, proposer, captioner
+    )
+    take = 0 if at is not None else args.take - 1
+    if take >= len(planned.boxes):
+        raise MaskError(f"--take {args.take}: only {len(planned.boxes)} proposals are large enough to draw in")
+    del captioner  # whose memory the edit may need
+    print(f'the inset shows "{planned.caption}"; proposals {", ".join(map(str, planned.boxes))} (x, y, w, h)')
+
+    first = len(canvas.states)
+    with claimed(folder, args.base.stem, range(first, first + 1), going_on, args.canvas) as (name, session):
+        columns = [
+            (planned.outlined(take), "where: GracoNet's proposals" if at is None else "where: as it was said", None),
+            (planned.pasted(take), "the plain paste: GracoNet alone", None),
+        ]
+        draw(planned, take, changes)
+        columns.append((canvas.image, f"EMILIE: {canvas.state.instruction}", None))
+        stem = f"{name}_{canvas.at}"
+        for image, what in ((columns[0][0], "proposals"), (columns[1][0], "paste")):
+            print(f"wrote {images.save(image, folder / f'{stem}_{what}.png')}")
+        path = images.save(photo.image, folder / f"{stem}.png", about.texts(canvas))
+        canvas.save(session)
+        print(f"wrote {path} and {session}")
+        strip_name = f"{stem}_strip.png" if going_on else f"{name}_strip.png"
+        print(f"wrote {images.save(strip(columns), folder / strip_name)}")
+
+
+def over_benchmark(args: argparse.Namespace, changes: dict) -> None:
+    """The same for every item of a benchmark that has an inset, where an earlier call left off; then their grid."""
+    from PIL import Image
+
+    from ..bench import data
+    from ..canvas import images
+    from ..canvas.canvas import open as open_canvas
+    from ..canvas.strip import strip
+    from ..insert import insertion
+
+    given = [f"--{name.replace('_', '-')}" for name in ("at", "canvas", "inset_mask", "caption") if getattr(args, name)]
+    if args.inset is not None or given:
+        what = given[0] if given else "INSET"
+        raise BenchError(f"{args.base} is a folder, whose items have insets of their own: leave out {what}")
+    items = [item for item in data.read(args.base) if item.turns[0].inset is not None]
+    if not items:
+        raise BenchError(f"{args.base} has no item with an inset")
+    editor, folder = load_editor(args), writable(args.out)
+    proposer = insertion.load_proposer(editor, args.graconet)
+    captioner = insertion.load_captioner(editor, args.blip2)
+    rows = []
+    for item in items:
+        place = folder / f"{item.id}.png"
+        if not place.exists():
+            turn = item.turns[0]
+            try:
+                canvas = open_canvas(item.image, editor, args.seed or 0, args.resolution)
+                given = (turn.inset, turn.inset_mask, None, args.proposals, None, args.seed, args.format)
+                planned = insertion.plan(canvas, *given, proposer, captioner)
+                columns = [(planned.outlined(args.take - 1), f"{item.id}: proposals", None)]
+                columns.append((planned.pasted(args.take - 1), f"pasted: {planned.caption}", None))
+                draw(planned, args.take - 1, changes)
+            except EmilieError as error:
+                print(f"{item.id} is left out: {error}")
+                continue
+            images.save(strip([*columns, (canvas.image, f"EMILIE: {canvas.state.instruction}", None)]), place)
+            print(f"wrote {place}")
+        rows.append(Image.open(place))
+    if not rows:
+        raise BenchError(f"of {args.base} no item could be done")
+    grid = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows[:GRID]:
+        grid.paste(row, (0, top))
+        top += row.height
+    print(f"wrote {images.save(grid.crop((0, 0, grid.width, top)), folder / 'grid.png')}")
+
+
+def draw(planned, take: int, changes: dict) -> None:
+    """The edit, with a bar of its steps."""
+    from tqdm import tqdm
+
+    total = changes.get("steps") or planned.canvas.editor.config.sampling.steps
+    with tqdm(total=total, desc=planned.instruction(take), leave=True) as bar:
+        for step in planned.steps(take, **changes):
+            bar.update(step.sigma > 0)

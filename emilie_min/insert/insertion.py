@@ -1,0 +1,204 @@
+"""Object insertion (Sec. 6.1): GracoNet proposes where, BLIP-2 says what, EMILIE draws it there.
+
+What the paper leaves open, and what is done here: the caption becomes an instruction by a format string (`FORMATS`);
+the edit's mask is GracoNet's box with a rim, not the inset's outline in it, since what is drawn is a new object with
+an outline of its own; of several proposals the first is taken unless another is named.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from ..canvas.canvas import Canvas
+from ..canvas.insets import Inset, read_inset
+from ..canvas.pictures import Picture
+from ..canvas.strip import INK, OUTLINE, PAPER, enlarge
+from ..emilie import Editor
+from ..errors import CanvasError, InstructionError, note, printable
+from ..loading import shipped
+from ..sampling import Step
+from ..toy import judge, world
+from . import graconet
+from .caption import RELEASED, Captioner
+from .graconet import Box
+
+FORMATS = ("add {caption}", "add {caption} at the {place}")  # for any model; for the small one, which was taught places
+MOST = 64  # proposals
+RIM = 0.15  # of a box's longer side, added all around it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An insertion before it is made: what, and where it could go. boxes: in pixels of the working picture."""
+
+    canvas: Canvas
+    inset: Inset
+    caption: str
+    boxes: Sequence[Box]
+    format: str
+
+    def instruction(self, take: int = 0) -> str:
+        """What the editor is told of a proposal."""
+        return self.format.format(caption=self.caption, place=place_of(self.boxes[take], self.canvas.image.size))
+
+    def mask(self, take: int = 0) -> Image.Image:
+        """Where the editor may draw: a proposal's box and a rim, at working size."""
+        x, y, w, h = self.boxes[take]
+        rim = round(RIM * max(w, h))
+        out = Image.new("L", self.canvas.image.size)
+        out.paste(255, (max(0, x - rim), max(0, y - rim), min(out.width, x + w + rim), min(out.height, y + h + rim)))
+        return out
+
+    def pasted(self, take: int = 0) -> Image.Image:
+        """What GracoNet alone does: the inset itself, put into the working picture."""
+        return graconet.paste(self.canvas.image, self.inset.pixels, self.inset.mask, self.boxes[take])
+
+    def outlined(self, take: int | None = None, height: int = 256) -> Image.Image:
+        """The working picture, enlarged to `height`, with numbered outlines of its proposals, the taken one's pink."""
+        image = self.canvas.image
+        out = enlarge(image, height)
+        draw, k = ImageDraw.Draw(out), out.height / image.height
+        for i in sorted(range(len(self.boxes)), key=lambda i: i == take):
+            x, y, w, h = (round(v * k) for v in self.boxes[i])
+            colour = OUTLINE if take in (None, i) else PAPER
+            draw.rectangle((x, y, x + w - 1, y + h - 1), outline=INK, width=3)
+            draw.rectangle((x + 1, y + 1, x + w - 2, y + h - 2), outline=colour, width=2)
+            draw.text(
+                (x + 5 + 14 * i, y + 3), str(i + 1), fill=colour, font_size=14, stroke_width=1, stroke_fill="black"
+            )
+        return out
+
+    def steps(self, take: int = 0, **changes) -> Iterator[Step]:
+        """The edit of a proposal, step by step, see `Canvas.steps`; what is given is checked at once."""
+        if not 0 <= take < len(self.boxes):
+            raise CanvasError(f"there is no proposal {take + 1}, only 1 to {len(self.boxes)}")
+        return self._steps(take, self.canvas.steps(self.instruction(take), self.mask(take), **changes))
+
+    def _steps(self, take: int, steps: Iterator[Step]) -> Iterator[Step]:
+        yield from steps
+        boxes = [list(box) for box in self.boxes]
+        self.canvas.state.settings["inserted"] = {"caption": self.caption, "boxes": boxes, "taken": take}
+
+
+def plan(
+    canvas: Canvas,
+    inset: Picture | Inset,
+    mask: Picture | None = None,
+    at: Sequence[int] | None = None,
+    proposals: int = 4,
+    caption: str | None = None,
+    seed: int | None = None,
+    format: str | None = None,
+    proposer: graconet.GracoNet | None = None,
+    captioner: Captioner | None = None,
+) -> Plan:
+    """Where an inset could go in a canvas's picture, and what it shows.
+
+    at: a box (x0, y0, x1, y1) in pixels of the opened picture, to decide that oneself. caption: likewise. seed: of the
+    proposals, None = the canvas's. format: with {caption} and, if it likes, {place}, see `FORMATS`; None = by the
+    model. proposer: anything with GracoNet's `propose`; None, as for the captioner: the small model's, where the editor
+    is the small one, and else an error. Raises EmilieError.
+    """
+    editor = canvas.editor
+    inset = inset if isinstance(inset, Inset) else read_inset(inset, mask)
+    if inset.size[0] > canvas.image.width or inset.size[1] > canvas.image.height:
+        size = f"{inset.size[0]}x{inset.size[1]} px"
+        note(f"the inset of {size} is larger than the working picture: it is scaled down to the place that it gets")
+    boxes = [box_at(canvas, at)] if at is not None else propose(canvas, inset, proposals, seed, proposer)
+    if caption is None:
+        captioner = load_captioner(editor) if captioner is None else captioner
+        caption = captioner(inset.seen)
+    if not caption.strip():
+        raise InstructionError("the caption is empty: say what the inset shows, as in --caption 'a red kite'")
+    format = FORMATS[small_world(editor)] if format is None else format
+    made = Plan(canvas, inset, " ".join(caption.split()), boxes, format)
+    try:
+        made.instruction()
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise InstructionError(
+            f"the format {printable(format, 80)!r} is not one with {{caption}} and {{place}}, as in {FORMATS[1]!r}"
+        ) from error
+    return made
+
+
+def insert(canvas: Canvas, inset: Picture, take: int = 0, **options) -> Image.Image:
+    """Draw what an inset shows at a place that suits it, as an edit like any other, and return the picture.
+
+    options: of `plan`, and fields of `Settings`; take: which proposal, from 0. An insertion that fails changes nothing.
+    Raises EmilieError.
+    """
+    known = set(plan.__annotations__)
+    planned = plan(canvas, inset, **{name: value for name, value in options.items() if name in known})
+    changes = {name: value for name, value in options.items() if name not in known - {"seed"}}
+    for _ in planned.steps(take, **changes):
+        pass
+    return canvas.image
+
+
+# ---- where
+
+
+def small_world(editor: Editor) -> bool:
+    return editor.text.config.words is not None and editor.config.sampling.resolution == world.SIZE
+
+
+def load_proposer(editor: Editor, path: str | Path | None = None) -> graconet.GracoNet:
+    """GracoNet from a file, None: the small model's, for the small editor only. Raises CheckpointError, CanvasError."""
+    if path is None and not small_world(editor):
+        raise CanvasError("where to? Name GracoNet's file with --graconet, or a box with --at X0,Y0,X1,Y1")
+    return graconet.load(shipped("toy-graconet.safetensors") if path is None else path, editor.device)
+
+
+def load_captioner(editor: Editor, model: str | Path | None = None) -> Captioner:
+    """BLIP-2 from a folder or the hub's cache, None: the small model's for the small editor, else the released one."""
+    small = shipped("toy-blip2/config.json").parent if small_world(editor) else RELEASED
+    return Captioner(small if model is None else model, editor.device)
+
+
+def propose(
+    canvas: Canvas, inset: Inset, n: int, seed: int | None = None, proposer: graconet.GracoNet | None = None
+) -> list[Box]:
+    """Boxes for an inset in a canvas's picture, in its working pixels.
+
+    Boxes that are too small for a latent's cells are left out, which is told. Raises CanvasError where no place is
+    left: all boxes are too small or, in the small world, where that can be known, every one lies on an object.
+    """
+    if not isinstance(n, int) or not 1 <= n <= MOST:
+        raise CanvasError(f"the number of proposals is from 1 to {MOST}, not {printable(n, 40)}")
+    proposer = load_proposer(canvas.editor) if proposer is None else proposer
+    picture, seed = canvas.image, canvas.seed if seed is None else seed
+    boxes = proposer.propose(picture, inset.seen, inset.mask, n, seed)
+    factor = canvas.editor.vae.factor
+    large = [box for box in boxes if min(box[2:]) >= factor]
+    if len(large) < n:
+        note(f"{n - len(large)} of {n} proposals are smaller than {factor}x{factor} px and are left out")
+    if not large:
+        raise CanvasError("no free place: every proposal is too small to draw in; name a box with --at X0,Y0,X1,Y1")
+    if small_world(canvas.editor) and picture.size == (world.SIZE, world.SIZE):
+        objects = judge.read(picture).scene.objects
+        if all(any(covers(box, o) for o in objects) for box in large):
+            raise CanvasError("no free place: every proposal lies on an object; name a box with --at X0,Y0,X1,Y1")
+    return large
+
+
+def covers(box: Box, o: world.Object) -> bool:
+    """Whether a box reaches to the middle third of an object of the small world."""
+    y, x = world.PLACES[o.place]
+    third, (left, top, w, h) = world.CELL // 3, box
+    across = min(left + w, x + world.CELL - third) > max(left, x + third)
+    return across and min(top + h, y + world.CELL - third) > max(top, y + third)
+
+
+def box_at(canvas: Canvas, at: Sequence[int]) -> Box:
+    """A box (x0, y0, x1, y1) in pixels of the opened picture as one in the working picture's. Raises MaskError."""
+    pixels, _ = canvas.read_mask(tuple(at))
+    x0, y0, x1, y1 = pixels.getbbox()  # type: ignore[misc]  # an empty mask is refused
+    return x0, y0, x1 - x0, y1 - y0
+
+
+def place_of(box: Box, size: tuple[int, int]) -> str:
+    """Which quarter of the picture a box's middle lies in, in words."""
+    x, y, w, h = box
+    return f"{'top' if 2 * y + h < size[1] else 'bottom'} {'left' if 2 * x + w < size[0] else 'right'}"
