@@ -69,7 +69,7 @@ for part in $parts; do
         run 0 $gates bld $given:guidance=1.0 $given
         report ;;
     less) # the same edit with less work
-        make less imie 48 --turns 1
+        make less imie 24 --turns 1
         all=()
         for n in 100 50 25 12 6; do all+=("emilie:steps=$n"); done
         for n in 25 12 6; do all+=("emilie:sampler=dpmpp_2m:steps=$n" "emilie:sampler=dpmpp_2m_sde:steps=$n"); done
