@@ -10,7 +10,7 @@ from pathlib import Path
 from ..bench.cli import add_commands, whole
 from ..errors import EmilieError
 from ..speed.cli import add_options, run_speed
-from . import batch, demo, edit, insert, language, looks
+from . import batch, demo, edit, insert, language, looks, stack
 from .options import EMA_CHOICES, EMA_HELP, add_model_options, add_path_options, load_editor, writable
 
 
@@ -88,6 +88,9 @@ def parser() -> Parser:
 
     about = "Insert an object: GracoNet says where, BLIP-2 what it is, EMILIE draws it there."
     insert.add_options(command("insert", insert.run, about))
+
+    about = "The edits of a session as a stack: take any back, hide, move, weaken or change it, and keep the others."
+    stack.add_options(command("stack", stack.run, about))
 
     page = command("studio", run_studio, "Edit on a page in the browser: paint where, say what, undo, branch, save.")
     page.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this computer only)")

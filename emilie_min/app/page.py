@@ -18,10 +18,11 @@ from ..canvas.canvas import check_can_edit
 from ..canvas.settings import GATES
 from ..emilie import Editor
 from ..errors import EmilieError
+from .layers import change, stack_html
 from .visitor import Told, Visitor, data_url, picture_html, small_world, tree_html
 
 PAGES, WAITING = 256, 20  # visitors that are kept, the latest ones; events that may wait
-SENT = ("text_scale", "image_scale", "steps", "seed", "gate")  # of an edit's settings
+SENT = ("text_scale", "image_scale", "steps", "seed", "gate", "negative")  # of an edit's settings
 TOOLS = """<div class="tools">
   <button data-tool="brush" title="Paint where to edit">Brush</button>
   <button data-tool="box" title="Drag a box where to edit">Box</button>
@@ -85,11 +86,14 @@ def layout(editor: Editor) -> SimpleNamespace:
             on.crop = gr.Checkbox(label="In a crop round the paint, at full resolution", info=told, elem_id="crop")
             with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                 on.steps = gr.Slider(1, 100, defaults.steps, step=1, label="Steps", info="More is slower and finer.")
+                told = "An instruction whose pull is taken off. Empty: nothing."
+                on.negative = gr.Textbox(label="What not to do", info=told, max_lines=1, elem_id="negative")
                 told = "Another number, another result. Empty: the canvas's own."
                 on.seed = gr.Number(label="Seed", precision=0, info=told)
                 told = "anchor: what is outside stays. guidance: steers inside only. eq8: leaves noise outside."
                 on.gate = gr.Radio(list(GATES), value=GATES[0], label="What the paint does (gate)", info=told)
                 on.keep = gr.Checkbox(label="Outside the paint keep every pixel, to the bit", elem_id="keep")
+    on.stack = gr.HTML(js_on_load="layers.strip(element, trigger)", elem_id="stack")
     on.tree = gr.HTML(js_on_load="studio.tree(element, trigger)", elem_id="edits")
     on.paint = gr.Textbox(visible=False)
     return on
@@ -97,7 +101,7 @@ def layout(editor: Editor) -> SimpleNamespace:
 
 def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
     """What happens at a click. The networks do one thing at a time; who waits is told his place."""
-    shown = [on.visitor, on.status, on.picture, on.tree, on.undo, on.redo, on.examples]
+    shown = [on.visitor, on.status, on.picture, on.tree, on.stack, on.undo, on.redo, on.examples]
 
     def doing(do: Callable[..., str | Iterator[Told]]) -> Callable:
         """A handler: do one thing at a time with a visitor's canvas; show how it goes, and what it is then."""
@@ -139,6 +143,7 @@ def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
             f"<p>{escape(note)}</p>",
             picture_html(visitor),
             tree_html(canvas),
+            stack_html(canvas),
             gr.update(interactive=canvas is not None and canvas.at > 0),
             gr.update(interactive=canvas is not None and bool(canvas.redo_stack)),
             gr.Dataset(samples=[[text] for text in visitor.suggestions()]),
@@ -153,6 +158,9 @@ def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
     def went(visitor: Visitor | None, event: gr.EventData) -> Iterator[list]:
         yield from doing(lambda visitor: visitor.branch(int(event._data["state"])))(visitor)
 
+    def restacked(visitor: Visitor | None, event: gr.EventData) -> Iterator[list]:
+        yield from doing(lambda visitor: change(visitor, event._data))(visitor)
+
     new_scene = doing(lambda visitor: visitor.new_scene(random.randrange(10**6)))
     common = dict(inputs=on.visitor, outputs=shown, api_visibility="private")
     quick = common | dict(concurrency_limit=None, show_progress="hidden")
@@ -166,6 +174,7 @@ def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
     on.undo.click(doing(Visitor.undo), **quick)
     on.redo.click(doing(Visitor.redo), **quick)
     on.tree.select(went, **quick)
+    on.stack.select(restacked, **slow)
     on.stop.click(None, js="() => studio.stop()")
     on.examples.click(lambda sample: sample[0], **quick | dict(inputs=on.examples, outputs=on.text))
     on.scales.click(doing(try_scales), **asked)
@@ -218,6 +227,7 @@ def endpoints(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
         gr.Number(defaults.steps, visible=False, label="steps", precision=0),
         gr.Number(None, visible=False, label="seed", precision=0),
         gr.Radio(list(GATES), value=GATES[0], visible=False, label="gate"),
+        gr.Textbox("", visible=False, label="negative"),
     ]
 
     def edit(visitor: Visitor, instruction: str, mask: str | None, keep: bool, crop: bool, *given) -> Iterator[Told]:

@@ -129,6 +129,7 @@ class Visitor:
         regions = [(text, mask), *self.regions]
         masks = [given for _, given in regions]
         settings["keep_background"] = settings.get("keep_background", False) and None not in masks
+        settings["negative"] = settings.get("negative") or None
         kept = None if photo is None else (photo.photo, photo.canvas, photo.given, list(photo.earlier))
         aimed = ""
         try:
@@ -165,8 +166,7 @@ class Visitor:
         """What is told of an edit's steps, with what is denoised so far; looks at `stopped`."""
         by, number, looked = fit(self.opened()), number or self.editor.config.sampling.steps, 0.0
         for step in steps:
-            if self.stopped:
-                raise CanvasError("stopped: the picture is as it was")
+            self.go_on()
             seen, now = None, time.time()
             if now - looked > LOOK:
                 looked, seen = now, look(step.denoised, by)
@@ -202,6 +202,7 @@ class Visitor:
         at, target = canvas.at, self.photo or canvas
         own = mask if mask is None or self.photo is None else self.photo.at_own_size(mask)
         settings["keep_background"] = settings.get("keep_background", False) and mask is not None
+        settings["negative"] = settings.get("negative") or None
         middle = {name: settings.pop(name, None) or getattr(self.editor.config.sampling, name) for name in TIMES}
         scales = [[round(middle[name] * t, 2) for t in times] for name, times in TIMES.items()]
         each = list(itertools.product(*scales))
@@ -216,6 +217,11 @@ class Visitor:
         finally:
             canvas.branch(at)
         yield f"{len(each)} results below, by their scales: click one to go on from it", 1, None
+
+    def go_on(self) -> None:
+        """Raises CanvasError once Stop was pressed."""
+        if self.stopped:
+            raise CanvasError("stopped: the picture is as it was")
 
     def undo(self) -> str:
         mask = self.opened().state.mask

@@ -139,10 +139,11 @@ class Photo:
         """The current picture at the photo's size."""
         canvas, box = self.canvas, self.box
         chain, at = [], canvas.at
-        while canvas.states[at].parent is not None:  # back to an edit of everything, on which nothing before it shows
-            chain.append(at)
-            if self.shows_everywhere(at):
-                break
+        while canvas.states[at].parent is not None and canvas.states[at].shown is not None:
+            if canvas.states[at].shown:
+                chain.append(at)
+                if self.shows_everywhere(at):  # on which nothing before it shows
+                    break
             at = canvas.states[at].parent
         out = self.photo
         for at in reversed(chain):

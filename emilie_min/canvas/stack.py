@@ -12,6 +12,7 @@ So outside S every bit of b stays. Noise is keyed by an edit's seed and by its d
 A stack that was there before is taken from the tree: hidden and shown again gives the same bits.
 """
 
+import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,6 +31,7 @@ from .settings import Settings, as_finite
 from .state import State
 
 APART, REACH = 0.35, 1  # how far a scaled latent, of unit variance, is another; cells around that count too
+STEPS = 0.5  # the part of an edit's steps that it takes where what is around it is known
 WAYS = ("support", "replay")  # to make later edits anew: as above, or each in full
 CHANGES = ("retract", "hide", "show", "move", "strength", "revise")
 
@@ -101,10 +103,11 @@ class Walk:
 
     def through(self, wanted: list[Layer]) -> Generator[Step, None, int]:
         """The number of the state at which they end; all new ones are appended to `states`."""
-        at = 0
+        at, kept = 0, True
         for layer in wanted:
             number = self.nodes.get((at, layer.key))
-            if number is None:
+            kept &= number is not None and any(self.states[number] is state for _, state in self.today.values())
+            if number is None or self.way == "replay" and not kept:
                 state = yield from self.make(layer, at)
                 number = len(self.states)
                 self.states.append(state)
@@ -122,7 +125,8 @@ class Walk:
         state.mask = regions.joined(asked)
         if not layer.shown:
             return state
-        if (known := self.made.get((*self.recipe[at], layer.key))) is not None:
+        known = self.made.get((*self.recipe[at], layer.key))
+        if known is not None and self.way == "support":
             return replace(
                 state, latent=self.states[known].latent, image=self.states[known].image, f=self.states[known].f
             )
@@ -159,9 +163,10 @@ class Walk:
             core, where = (torch.stack(part).any(0) for part in zip(*edges))
             mine, reach = support(a.latent, b.latent)
             state.latent, state.f = torch.where(where & ~mine, parent, b.latent), b.f
-            if not (core & reach | where & mine).any():
+            if not (core & mine).any():
                 return
             within = (where & reach).float(), torch.where(where, parent, b.latent)
+            settings = replace(settings, steps=math.ceil(settings.steps * STEPS))
         scratch = self.canvas_at(state.parent)
         for step in scratch.run(asked, settings, layer.depth, within):
             self.calls += step.sigma > 0
@@ -188,14 +193,15 @@ class Walk:
 
 
 def support(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Where two scaled latents are apart, and the same with the cells around, (1, 1, h, w) of bool both.
+    """Where two scaled latents are far apart, and where they are apart at all; (1, 1, h, w) of bool both.
 
-    By more than `APART` in a channel, or than a quarter of where they are apart the most if that is less; never where
-    they are equal to the bit, as a mask keeps them.
+    By more than twice `APART` in a channel, and by `APART`, or by a half and a quarter of the most where that is less;
+    and in the cells around. Never where they are equal to the bit, as a mask keeps them.
     """
     apart = (a - b).abs().amax(1, keepdim=True)
-    far = apart > min(APART, apart.max().item() / 4)
-    return far, (F.max_pool2d(far.float(), 2 * REACH + 1, 1, REACH) > 0) & (apart > 0)
+    levels = [min(part * APART, part / 4 * apart.max().item()) for part in (2, 1)]
+    far, near = (F.max_pool2d((apart > level).float(), 2 * REACH + 1, 1, REACH) > 0 for level in levels)
+    return far & (apart > 0), near & (apart > 0)
 
 
 def layers(canvas) -> list[Layer]:

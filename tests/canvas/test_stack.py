@@ -186,10 +186,11 @@ def test_support_is_where_latents_are_apart_and_a_cell_around():
     a = torch.zeros(1, 4, 6, 6)
     b = a + 0.01
     b[0, 2, 3, 3] = 1
-    core, reach = support(a, b)
-    assert core.nonzero().tolist() == [[0, 0, 3, 3]] and reach.sum() == 9
+    b[0, 0, 0, 0] = 0.3
+    far, near = support(a, b)
+    assert far.sum() == 9 and near.sum() == 9 + 4 and far[0, 0, 2:5, 2:5].all() and near[0, 0, :2, :2].all()
     b[..., 4] = 0  # as a mask keeps it
-    assert support(a, b)[1].sum() == 6
+    assert support(a, b)[0].sum() == 6
     assert not support(a, a)[1].any() and support(a, a + 0.02)[1].all()  # little, but everywhere
 
 
