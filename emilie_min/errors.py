@@ -64,6 +64,11 @@ def note(text: str) -> None:
     warnings.warn(text, stacklevel=level)
 
 
+def say(text: str) -> None:
+    """Tell a result on standard output, at once, in lines that a terminal can show."""
+    print("\n".join(printable(line, 2000) for line in text.split("\n")), flush=True)
+
+
 def first_line(error: Exception, last: bool = False) -> str:
     """What an exception says, in a line (its first, or its `last`), or its type if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1 if last else 0].strip()

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ..canvas.settings import CHOICES, Settings
-from ..errors import CanvasError, InstructionError, MaskError, note, printable
+from ..errors import CanvasError, InstructionError, MaskError, note, printable, say
 from . import language
 from .options import add_model_options, add_path_options, edit_with_bar, load_editor, tell_foreign, writable
 
@@ -156,10 +156,10 @@ def run(args: argparse.Namespace) -> None:
             cells.append((canvas.image, canvas.state.instruction, canvas.state.mask))
             path = images.save(out, folder / f"{name}_{canvas.at}.png", about.texts(canvas))
             canvas.save(session)
-            print(f"wrote {path} and {session}")
-            print(f"  {time.time() - started:.1f} s; {what_changed(before, canvas)}")
+            say(f"wrote {path} and {session}")
+            say(f"  {time.time() - started:.1f} s; {what_changed(before, canvas)}")
         strip_name = f"{name}_{canvas.at}_strip.png" if going_on else f"{name}_strip.png"
-        print(f"wrote {images.save(strip(cells), folder / strip_name)}")
+        say(f"wrote {images.save(strip(cells), folder / strip_name)}")
 
 
 def inverted(mask, canvas, soft: bool):

@@ -4,7 +4,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from ..errors import EmilieError, note, printable
+from ..errors import EmilieError, note, printable, say
 
 EMA_CHOICES = ("auto", "yes", "no")  # without PyTorch, see `checkpoint.reading.key_map`
 EMA_HELP = "of a file with two UNets, the averaged one or the other (default: auto, the averaged one if there is one)"
@@ -51,7 +51,7 @@ def load_editor(args: argparse.Namespace):
         args.ema,
     )
     small = ", the small model that ships" if weights is None else ""
-    print(f"{editor.model}{small}: {editor.family} weights, {editor.dtype}, {editor.device}".replace("torch.", ""))
+    say(f"{editor.model}{small}: {editor.family} weights, {editor.dtype}, {editor.device}".replace("torch.", ""))
     return editor
 
 
