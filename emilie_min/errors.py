@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -47,6 +47,10 @@ class BenchError(EmilieError):
 
     Of a folder with several faults it names each on a line of its own.
     """
+
+    def __init__(self, text: str, lines: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        self.lines = lines or [text]
 
 
 def printable(text: object, limit: int = 500) -> str:

@@ -38,10 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except EmilieError as error:
-        lines = str(error).split("\n") if isinstance(error, BenchError) else [error]
-        tell("\n".join(["emilie: error: " + printable(lines[0], LINE), *(printable(line, LINE) for line in lines[1:])]))
+        lines = error.lines if isinstance(error, BenchError) else [str(error)]
+        tell("emilie: error: " + "\n".join(printable(line, LINE) for line in lines))
     except BrokenPipeError:
         silence(sys.stdout)
+        silence(sys.stderr)
         return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
     except OSError as error:  # what the system lacks
         silence(sys.stdout)

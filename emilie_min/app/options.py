@@ -95,7 +95,9 @@ def edit_with_bar(canvas, number: int, regions: list[tuple], **settings):
 
     editor = getattr(canvas, "canvas", canvas).editor
     steps = settings.get("steps") or editor.config.sampling.steps
-    with tqdm(total=steps, desc=f"{number}. {' + '.join(text for text, _ in regions)}", leave=True) as bar:
+    with tqdm(
+        total=steps, desc=printable(f"{number}. {' + '.join(text for text, _ in regions)}", 80), leave=True
+    ) as bar:
         for step in canvas.steps(regions, **settings):
             bar.update(step.sigma > 0)
     return canvas.image

@@ -23,12 +23,8 @@ def cases(
         folder = scratch / f"{kind}-{number}"
         shutil.copytree(clean, folder)
         case = KINDS[kind](random.Random(f"{seed} {kind} {number}") if number >= 0 else None, folder)
-        if number < 0:
-            memory = judge.run(case, folder).memory
-            shutil.rmtree(folder)
-            shutil.copytree(clean, folder)
-            KINDS[kind](None, folder)
-        short = judge.judge(case, folder, memory)
+        short, taken = judge.judge(case, folder, memory)
+        memory = memory or taken
         yield number, case.argv, short
         if not short:
             shutil.rmtree(folder)

@@ -1,6 +1,7 @@
 """Runs the command in a forked process of its own, under limits, and says where it fell short."""
 
 import errno
+import faulthandler
 import hashlib
 import os
 import re
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SECONDS, TIMES = 30, 3  # after which it hangs; how much more memory than a clean run it may take
+SECONDS, TIMES = 60, 3  # after which it hangs; how much more memory than a clean run it may take
 LONGEST = 2000  # characters of a line
 STARTS = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "os.startfile", "pty.spawn")
 WRITES = ("emilie: error: ", "emilie edit: error: ")
@@ -46,41 +47,50 @@ class Result:
 
 def run(case: Case, folder: Path, seconds: float = SECONDS) -> Result:
     """The case's command line in a child of this process, which has everything imported."""
-    out, err, log = folder.with_suffix(".out"), folder.with_suffix(".err"), folder.with_suffix(".log")
-    for path in (out, err, log):
-        path.write_bytes(b"")
-    started = time.time()
+    log, started = folder.with_suffix(".log"), time.time()
+    log.write_bytes(b"")
+    pipes = [os.pipe(), os.pipe()]  # not files, which a limit of the case would be about
     pid = os.fork()
     if not pid:
         try:
-            _child(case, folder, out, err, log)
+            _child(case, folder, [writer for _, writer in pipes], log, seconds)
         finally:
             os._exit(99)  # not reached
-    status = usage = None
-    poll = os.pidfd_open(pid)
-    ready, _, _ = select.select([poll], [], [], seconds)
-    os.close(poll)
-    if not ready:
+    poll, texts = os.pidfd_open(pid), {reader: b"" for reader, _ in pipes}
+    for _, writer in pipes:
+        os.close(writer)
+    ended, reading = False, set(texts)
+    while not ended and time.time() < started + seconds:
+        ready, _, _ = select.select([poll, *reading], [], [], 0.5)
+        for reader in reading & {*ready}:
+            data = os.read(reader, 1 << 16)
+            texts[reader] += data
+            reading -= set() if data else {reader}
+        ended = poll in ready and not (reading & {*ready})
+    if not ended:
         os.kill(pid, signal.SIGKILL)
     _, status, usage = os.wait4(pid, 0)
-    texts = (path.read_bytes().decode("utf-8", "backslashreplace") for path in (out, err))
-    code = os.waitstatus_to_exitcode(status) if ready else -999
-    return Result(code, *texts, time.time() - started, usage.ru_maxrss, log.read_text().splitlines())
+    for descriptor in (poll, *texts):
+        os.close(descriptor)
+    told = log.read_text().splitlines()
+    log.unlink()
+    shown = (text.decode("utf-8", "backslashreplace") for text in texts.values())
+    code = os.waitstatus_to_exitcode(status) if ended else -999
+    return Result(code, *shown, time.time() - started, usage.ru_maxrss, told)
 
 
-def _child(case: Case, folder: Path, out: Path, err: Path, log: Path) -> None:
+def _child(case: Case, folder: Path, writers: list[int], log: Path, seconds: float) -> None:
     code = 98
     try:
         os.chdir(folder)
-        for descriptor, where, path in ((1, case.stdout, out), (2, case.stderr, err)):
-            target = {"full": "/dev/full", "file": str(path), "closed": os.devnull}.get(where)
-            if target is None:
+        for descriptor, where, writer in zip((1, 2), (case.stdout, case.stderr), writers):
+            if where == "gone":
                 reader, writer = os.pipe()
                 os.close(reader)
-            else:
-                writer = os.open(target, os.O_WRONLY)
+            elif where != "file":
+                writer = os.open("/dev/full" if where == "full" else os.devnull, os.O_WRONLY)
             os.dup2(writer, descriptor)
-            os.close(writer)
+        os.closerange(3, 64)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, errors="backslashreplace")
         if case.stdout == "closed":
             os.close(1)
@@ -92,6 +102,7 @@ def _child(case: Case, folder: Path, out: Path, err: Path, log: Path) -> None:
                 os.write(record, f"{event} {args[:2]!r}\n".encode())
 
         sys.addaudithook(audit)
+        faulthandler.dump_traceback_later(seconds * 0.9, file=record)  # where it hangs
         if case.before:
             case.before()
         for which, limit in case.limits.items():
@@ -110,8 +121,8 @@ def _child(case: Case, folder: Path, out: Path, err: Path, log: Path) -> None:
                 if stream is not None:
                     stream.flush()
             except Exception as error:
-                os.write(2, f"Exception ignored in: {stream}\n{error}\n".encode())
                 code = 120
+                os.write(2, f"Exception ignored in: {stream}\n{error}\n".encode())
         os._exit(code or 0)
 
 
@@ -124,8 +135,8 @@ def files(folder: Path) -> dict[str, str]:
     return found
 
 
-def judge(case: Case, folder: Path, memory: int | None = None, seconds: float = SECONDS) -> list[str]:
-    """Run a case; where it fell short, a line each. memory: of a clean run, KB."""
+def judge(case: Case, folder: Path, memory: int | None = None, seconds: float = SECONDS) -> tuple[list[str], int]:
+    """Run a case: where it fell short, a line each, and what memory it took, KB. memory: of a clean run."""
     before = files(folder)
     result = run(case, folder, seconds)
     after, short = files(folder), []
@@ -133,8 +144,9 @@ def judge(case: Case, folder: Path, memory: int | None = None, seconds: float = 
     err = [line for line in err if line.strip() and not re.match(r".*\d+%\|.*\||.*\d+it \[|.*\dedit \[", line)]
     errors = [line for line in err if not line.startswith("emilie: note: ")]
     if result.code == -999:
-        return [f"hangs: still there after {seconds} s"]
-    if result.code not in (0, 2) and not (case.stdout == "gone" and result.code == 128 + signal.SIGPIPE):
+        return [f"hangs: still there after {seconds} s: {' < '.join(line.strip() for line in result.told[1:4])}"], 0
+    left = "gone" in (case.stdout, case.stderr)
+    if result.code not in (0, 2) and not (left and result.code == 128 + signal.SIGPIPE):
         short.append(f"exit code {result.code}: {errors[-1:]}")
     if "Traceback" in result.err or "Exception ignored" in result.err:
         short.append(f"traceback: {errors[-1:]}")
@@ -167,7 +179,7 @@ def judge(case: Case, folder: Path, memory: int | None = None, seconds: float = 
             short.append(f"left {name}")
     if result.code == 0 and not short and case.well and (fault := case.well(folder)):
         short.append(fault)
-    return short
+    return short, result.memory
 
 
 def full(*_) -> None:

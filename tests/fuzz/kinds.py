@@ -10,6 +10,7 @@ import resource
 import shutil
 import sqlite3
 import struct
+import threading
 from collections.abc import Callable
 from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
+from tqdm import tqdm
 
 import emilie_min as emilie
 from emilie_min.app.cli import main
@@ -30,6 +32,8 @@ from emilie_min.toy import world
 from .judge import Case, full
 
 torch.set_num_threads(1)
+tqdm.monitor_interval = 0  # no thread: what is forked has one
+tqdm.set_lock(threading.RLock())  # and no lock between processes, which one that is killed keeps for ever
 
 TINY = {  # a model of a megabyte, with the latents of the small one
     "model": {
@@ -319,9 +323,7 @@ def same_canvas(name: str, clean: str) -> Callable[[Path], str | None]:
     """A spoiled session that opens must hold what the clean one held: then what was spoiled stands for nothing."""
 
     def well(folder: Path) -> str | None:
-        rows = [[*(session._rows if session._head(folder / each) == session.MAGIC else session._rows_of_before)(folder / each)]
-                for each in (clean, name)]  # fmt: skip
-        (_, *old), (_, *new) = rows
+        (_, *old), (_, *new) = ([*session._rows(folder / each)] for each in (clean, name))
         for a, b in zip(old, new[: len(old)], strict=True):
             if a.record != b.record or a.tensors.keys() != b.tensors.keys():
                 return "went on with another record"
@@ -406,10 +408,13 @@ def configs(rng: random.Random | None, folder: Path) -> Case:
 def benches(rng: random.Random | None, folder: Path) -> Case:
     argv = [["bench", "check", "b"], ["bench", "run", "b", "--methods", "ip2p", "--out", "r2", *MODEL],
             ["bench", "tally", "r/study/study_key.json", "answers.json"],
-            ["bench", "run", "b", "--methods", "ip2p,emilie", "--out", "r", *MODEL], ["bench", "study", "r", "--out", "s"],
+            ["bench", "run", "b", "--methods", "ip2p,emilie", "--out", "r", *MODEL],
+            ["bench", "study", "r", "--out", "s"],
             ["bench", "report", "r", "--out", "p"]]  # fmt: skip
     if rng is None:
         return Case(argv[1], False)
+    about = json.loads((folder / "r/run.json").read_text()) | {"bench": str(folder / "b")}  # where it is now
+    (folder / "r/run.json").write_text(json.dumps(about, indent=1))
     which = rng.choice((0, 0, 1, 2, 2, 3, 4, 5))
     found = {0: ["b/bench.jsonl", "b/images/*", "b/masks/*"], 1: ["b/bench.jsonl", "b/images/*"],
              2: ["r/study/study_key.json", "answers.json"], 3: ["r/run.json", "r/edits/*/*/*/1.json"],
@@ -429,32 +434,34 @@ def options(rng: random.Random | None, folder: Path) -> Case:
     argv = ["edit", "photo.png", NIGHT, *MODEL]
     if rng is None:
         return Case(argv, False)
-    values = ["", "0", "-1", "1", "3", "nan", "inf", "1e400", "9" * 5000, "x" * 300, "x" * 70_000, "\x1b[31m", "\udcff",
-              "a/" * 3000, "../..", "/proc/self/mem", "/dev/null", "1=", "1=mask.png", "2=mask.png", "1=0,0,64,64",
-              "1=0,0,99999999999999999999,1", "1=-1,0,5,5", "1=photo.png:make it day", "privateuseone", "cuda:99", "mps",
-              "meta", "meta:1", "cpu:7", "xla", "float16", "0,1", "5,1", "s.canvas", "photo.png", "native", "64"]  # fmt: skip
-    names = ["--mask", "--box", "--also", "--gate", "--rescale", "--iterate", "--steps", "--sampler", "--canvas", "--out",
-             "--guidance-interval", "--reuse", "--reuse-guidance", "--text-scale", "--image-scale", "--seed", "--device",
-             "--resolution", "--dtype", "--tokenizer", "--config", "--weights", "--ema", "--none"]  # fmt: skip
+    values = """0 -1 1 3 nan inf 1e400 ../.. /proc/self/mem /dev/null 1= 1=mask.png 2=mask.png 1=0,0,64,64 native 64
+    1=0,0,99999999999999999999,1 1=-1,0,5,5 privateuseone cuda:99 mps meta meta:1 cpu:7 xla float16 0,1 5,1 s.canvas
+    photo.png""".split()
+    values += ["", "9" * 5000, "x" * 300, "x" * 70_000, "\x1b[31m", "\udcff", "a/" * 3000, "1=photo.png:make it day"]
+    names = """mask box also gate rescale iterate steps sampler canvas out guidance-interval reuse reuse-guidance
+    text-scale image-scale seed device resolution dtype tokenizer config weights ema none""".split()
     for _ in range(rng.choice((1, 1, 2, 3))):
-        argv += [rng.choice(names), rng.choice(values)]
-    argv += rng.choice(
-        ([], ["--soft"], ["--keep-background"], ["--low-memory"], ["--plain"], ["--input-size"], ["--compile"])
-    )
-    if "/dev/null" in argv[argv.index(NIGHT) :] or "s.canvas" in argv:
-        return Case(argv, changes=("s.canvas",))
-    return Case(argv)
+        argv += [f"--{rng.choice(names)}", rng.choice(values)]
+    argv += rng.choice([[], *([f"--{name}"] for name in "soft keep-background low-memory plain compile".split())])
+    return Case(argv, changes=("s.canvas",))
 
 
 def texts(rng: random.Random | None, folder: Path) -> Case:
     if rng is None:
         return Case(["edit", "photo.png", NIGHT, *MODEL], False)
-    alphabet = ["make", "it", "night", " ", "red", "\udcff", "\x1b[2J", "\0"[:0], "é", "写", "\u202e", "\u2028", "a" * 10**6,
-                "a" * 300, "b" * 5000, "\n", "\t", '"', "{}", "%s", "--", "-", "/", ".png", "\U0001f600", "＿"]  # fmt: skip
+    alphabet = [
+        *"make it night red {} %s -- / .png é 写 \u202e \udcff \x1b[2J \U0001f600".split(" "),
+        " ",
+        "\n",
+        "\t",
+        '"',
+    ]
+    alphabet += ["\u2028", "a" * 10**6, "a" * 300, "b" * 5000]
     text = rng.choice(("", " ")).join(rng.choice(alphabet) for _ in range(rng.randrange(1, 12)))[:130_000]
     others = [text, NIGHT] if rng.random() < 0.3 else [text]
-    form = rng.choice((["edit", "photo.png", *others], ["edit", text, NIGHT], ["edit", "photo.png", "--also", f"1={text}", NIGHT],
-                       ["edit", text, "--canvas", "s.canvas"], ["edit", "photo.png", NIGHT, "--mask", f"1={text}"],
+    form = rng.choice((["edit", "photo.png", *others], ["edit", text, NIGHT],
+                       ["edit", "photo.png", "--also", f"1={text}", NIGHT], ["edit", text, "--canvas", "s.canvas"],
+                       ["edit", "photo.png", NIGHT, "--mask", f"1={text}"],
                        ["edit", "--", "photo.png", text], [text], ["info", text], ["convert", text, text],
                        ["bench", "check", text], ["edit", "photo.png", text, "--tokenizer", "tokenizer"]))  # fmt: skip
     model = MODEL if form[0] == "edit" else []
@@ -488,10 +495,12 @@ def faults(rng: random.Random | None, folder: Path) -> Case:
     """Sound input, and a system that lacks something."""
     shutil.copy(folder / "s.canvas", folder / "c.canvas")
     (folder / "out.safetensors").write_bytes(b"mine")
-    argv = [["edit", "photo.png", NIGHT, "make it day", *MODEL], ["edit", "make it day", "--canvas", "c.canvas", *MODEL],
+    argv = [["edit", "photo.png", NIGHT, "make it day", *MODEL],
+            ["edit", "make it day", "--canvas", "c.canvas", *MODEL],
             ["convert", "tiny.safetensors", "out.safetensors", "--overwrite", "--config", "tiny.yaml"],
             ["info", "tiny.safetensors"], ["bench", "run", "b", "--methods", "ip2p", "--out", "r2", *MODEL], ["--help"],
-            ["bench", "make", "b2", "--scenes", "2", "--turns", "1"], ["bench", "check", "b"], ["edit", "--help"]]  # fmt: skip
+            ["bench", "make", "b2", "--scenes", "2", "--turns", "1"], ["bench", "check", "b"],
+            ["edit", "--help"]]  # fmt: skip
     if rng is None:
         return Case(argv[1], False, ("c.canvas",))
     case = Case(rng.choice(argv), changes=("c.canvas", "out.safetensors"))
