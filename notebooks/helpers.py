@@ -1,4 +1,4 @@
-"""What the four notebooks share: pictures in rows, latents made visible, distances, and the package's source quoted.
+"""What the notebooks share: pictures in rows, latents made visible, distances, and the package's source quoted.
 
 Importing it makes the clone the working directory, switches gradients off and sets the figures' style.
 """

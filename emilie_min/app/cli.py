@@ -12,7 +12,7 @@ from pathlib import Path
 from ..bench.cli import add_commands, whole
 from ..errors import BenchError, EmilieError, explain_oom, printable, say
 from ..speed.cli import add_options, run_speed
-from . import demo, edit, insert, language
+from . import batch, demo, edit, insert, language, looks, stack
 from .options import EMA_CHOICES, EMA_HELP, add_model_options, add_path_options, load_editor, writable
 
 LINE = 1000  # characters of a line that is told
@@ -26,9 +26,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; the exit code: 0, 2 for bad input and what the system lacks, 130 when interrupted.
+    """Run a command line; the exit code: 0, 1 by a red check, 2 for bad input and what the system lacks.
 
-    141 where the reader of a pipe has left, as `| head` does: nothing is said then.
+    130 when interrupted; 141 where the reader of a pipe has left, as `| head` does: nothing is said then.
     """
     prepare_streams()
     try:
@@ -70,8 +70,7 @@ def run_line(argv: list[str]) -> int:
         warnings.simplefilter("always", UserWarning)
         told: set[str] = set()
         warnings.showwarning = lambda message, *_: tell_once(str(message), told)
-        args.run(args)
-    return 0
+        return args.run(args) or 0
 
 
 def prepare_streams() -> None:
@@ -115,10 +114,24 @@ def parser() -> Parser:
     about = "Edit a scene of the small world by four instructions with the model that ships."
     demo.add_options(command("demo", demo.run, about))
     about = "Edit a picture by one instruction after another, each anywhere or in a mask."
-    edit.add_options(command("edit", edit.run, about))
+    edit.add_options(command("edit", run_edit, about))
+
+    about = "Try guidance's two scales, and seeds, at once: one labelled sheet and the single pictures."
+    looks.add_grid_options(command("grid", looks.run_grid, about))
+    about = "Show where an instruction would act, as a map over the picture and as a mask."
+    looks.add_where_options(command("where", looks.run_where, about))
+
+    about = "Tell in a minute or two whether this machine with these weights is all right; 1 where something is red."
+    well = command("check", run_check, about)
+    well.add_argument("--json", action="store_true", help="for programs")
+    add_model_options(well, find=True)
+    add_path_options(well)
 
     about = "Insert an object: GracoNet says where, BLIP-2 what it is, EMILIE draws it there."
     insert.add_options(command("insert", insert.run, about))
+
+    about = "The edits of a session as a stack: take any back, hide, move, weaken or change it, and keep the others."
+    stack.add_options(command("stack", stack.run, about))
 
     page = command("studio", run_studio, "Edit on a page in the browser: paint where, say what, undo, branch, save.")
     page.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this computer only)")
@@ -161,11 +174,21 @@ def parser() -> Parser:
     return top
 
 
+def run_edit(args: argparse.Namespace) -> int | None:
+    return edit.run(args) if args.batch is None else batch.run(args)
+
+
 def run_studio(args: argparse.Namespace) -> None:
     from .studio import listen, studio
 
     listen(args.host, args.port, args.auth).close()  # what cannot work is told before weights are loaded
     studio(load_editor(args), args.host, args.port, args.open, args.auth)
+
+
+def run_check(args: argparse.Namespace) -> int:
+    from . import check
+
+    return check.run(args)
 
 
 def run_info(args: argparse.Namespace) -> None:
@@ -193,7 +216,7 @@ def run_download(args: argparse.Namespace) -> None:
         say(download(args.out, tokenizer_only=True))
         return
     path = ready(args.out, args.keep, tell=partial(print, flush=True))
-    say(f'ready: {path}. Now: emilie edit photo.jpg "make it winter"')
+    say(f'ready: {path}. Now: emilie check, then emilie edit photo.jpg "make it winter"')
 
 
 def run_toy_eval(args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """What a picture says of how it was made: texts in the PNG, which `emilie info` reads."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from .canvas import Canvas
 KEY, LONGEST = "emilie", 2**20  # of the text that holds all; characters of it that are read
 
 
-def texts(canvas: Canvas) -> dict[str, str]:
-    """The texts for the current picture of a canvas: the edits that led to it as JSON, and two that others read."""
-    history = canvas.history
+def texts(canvas: Canvas, earlier: Sequence[Canvas] = ()) -> dict[str, str]:
+    """The texts for the current picture of a canvas: the edits that led to it as JSON, and two that others read.
+
+    earlier: canvases on other parts of the picture, edited before.
+    """
+    history = [state for each in (*earlier, canvas) for state in each.history]
     edits = [
         {"instruction": state.instruction}
         | ({"mask": round(share(state.mask), 4)} if state.mask is not None else {})

@@ -6,13 +6,14 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
 from ..emilie import Editor
-from ..errors import CanvasError
+from ..errors import CanvasError, MaskError
 from ..sampling import Step
 from . import images
 from .canvas import Canvas
 from .canvas import open as open_canvas
 from .images import Box, Mask
 
+MARGIN = 1.0  # round a mask, in lengths of its longer side, so that the model sees what it edits in
 CHANGED = 24  # grey levels from which a pixel counts as changed; an autoencoder moves fewer, see `changed`
 
 
@@ -27,14 +28,77 @@ class Photo:
 
     Outside the masks of its edits `image` is that picture, to the bit, also where the working picture is not; a gate
     that is meant to change the outside, "eq8" or "guidance", is let do so unless the edit keeps the background.
+    `aim` opens canvases on crops of it, one after another, and `undo` goes back through them.
     """
 
     def __init__(self, photo: Image.Image, canvas: Canvas):
         self.photo, self.canvas = photo, canvas
         self.given: dict[int, Image.Image] = {}  # of states edited here: their masks' union at the photo's size
+        self.earlier: list[tuple[Image.Image, Canvas, dict[int, Image.Image]]] = []  # what was left for another part
         opened = canvas.states[0].image
         if images.view(photo, opened.size, canvas.native, canvas.part).tobytes() != opened.tobytes():
             raise CanvasError("the session is on another picture")
+
+    def aim(
+        self,
+        masks: Sequence[Mask | None] | None,
+        soft: bool = False,
+        margin: float = MARGIN,
+        box: Box | None = None,
+    ) -> str:
+        """Let the next edits happen in a crop round their masks, at full resolution; -> what was done, in a line.
+
+        Where the masks lie in the crop that is worked on, the next edit goes on from its latent. Where not, a crop is
+        cut from the picture of now, and begins with the autoencoder as a picture that is opened does. masks: of the
+        next edit, None = back to the whole; margin: round them, in lengths of their longer side; box: the crop itself,
+        in pixels of the photo. Raises CanvasError, MaskError, ImageError.
+        """
+        whole = (0, 0, *self.photo.size)
+        if masks is None:
+            if self.box == whole or self.canvas.native:
+                return ""
+            return self.move(whole, "back to the whole picture")
+        given = self.read_given(masks, soft)
+        if given is None:
+            raise CanvasError("a crop needs a mask of the photo's own size for every instruction")
+        x0, y0, x1, y1 = given.getbbox()
+        here = self.box
+        inside = here[0] <= x0 and here[1] <= y0 and x1 <= here[2] and y1 <= here[3]
+        if here != whole and inside and box in (None, here):
+            return "goes on in the crop"
+        wanted = box or crop_box(
+            (x0, y0, x1, y1), self.photo.size, self.canvas.editor.config.sampling.resolution, margin
+        )
+        if not (wanted[0] <= x0 and wanted[1] <= y0 and x1 <= wanted[2] and y1 <= wanted[3]):
+            raise MaskError("the mask does not lie in the crop: make the crop larger")
+        if wanted == here:
+            return ""
+        why = "a new crop" if here == whole else "outside the crop before: a new one"
+        return self.move(wanted, why)
+
+    def move(self, box: Box, why: str) -> str:
+        """Open a canvas on another part of the picture of now; where nothing was edited yet the old one is left out."""
+        photo, canvas = self.image, self.canvas
+        edited = canvas.at > 0
+        moved = open_canvas(photo, canvas.editor, canvas.seed, part=box)
+        moved.turned = canvas.turned
+        if edited:
+            self.earlier.append((self.photo, canvas, self.given))
+        self.photo, self.canvas, self.given = photo, moved, {}
+        width, height = box[2] - box[0], box[3] - box[1]
+        through = ", from pixels" if edited else ""
+        return f"{why}, {width}x{height} px at {box[0]},{box[1]}{through}"
+
+    def undo(self) -> None:
+        """Back to the picture before the last edit, in whatever part that was. Raises CanvasError at the beginning."""
+        if self.canvas.at == 0 and self.earlier:
+            self.photo, self.canvas, self.given = self.earlier.pop()
+        self.canvas.undo()
+
+    @property
+    def canvases(self) -> list[Canvas]:
+        """Of all parts that were edited, first to last."""
+        return [canvas for _, canvas, _ in self.earlier] + [self.canvas]
 
     @property
     def box(self) -> Box:
@@ -64,6 +128,12 @@ class Photo:
             union = ImageChops.lighter(union, one.point(lambda v: 255 if v >= (1 if soft else 128) else 0))
         return union
 
+    def at_own_size(self, mask: Image.Image) -> Image.Image:
+        """A mask of the working picture as one of the photo."""
+        box, out = self.box, Image.new("L", self.photo.size)
+        out.paste(mask.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.NEAREST), box[:2])
+        return out
+
     @property
     def image(self) -> Image.Image:
         """The current picture at the photo's size."""
@@ -88,6 +158,22 @@ class Photo:
         return state.mask is None or not (
             state.settings.get("gate", "anchor") == "anchor" or state.settings.get("keep_background")
         )
+
+
+def crop_box(mask: Box, photo: tuple[int, int], resolution: int, margin: float = MARGIN) -> Box:
+    """A square round a mask's box with a margin, at least half the model's `resolution`, moved to lie in the photo."""
+    x0, y0, x1, y1 = mask
+    side = max(round((1 + 2 * margin) * max(x1 - x0, y1 - y0)), resolution // 2)
+    width, height = min(side, photo[0]), min(side, photo[1])
+    x = min(max(0, (x0 + x1 - width) // 2), photo[0] - width)
+    y = min(max(0, (y0 + y1 - height) // 2), photo[1] - height)
+    return x, y, x + width, y + height
+
+
+def is_small(mask: Box, photo: tuple[int, int], working: tuple[int, int]) -> bool:
+    """Whether a mask is so small in a photo, once that is scaled to be worked on, that a crop would serve it better."""
+    longer = max((mask[2] - mask[0]) * working[0] / photo[0], (mask[3] - mask[1]) * working[1] / photo[1])
+    return photo[0] > 1.5 * working[0] and longer < max(working) / 6
 
 
 def changed(before: Image.Image, after: Image.Image, mask: Image.Image | None = None) -> float:

@@ -95,7 +95,7 @@ class IterativeInstructPix2Pix(Method):
 
 @dataclass
 class Concatenated(Method):
-    """All instructions so far in one text, on the opened picture (Sec. 5). It knows no masks.
+    """All instructions so far in one text, on the opened picture (Sec. 5.2). It knows no masks.
 
     The paper does not say what stands between them: here `separator`. Beyond 77 tokens the text is cut, as the
     original does, and the notes say so.

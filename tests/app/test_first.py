@@ -86,6 +86,41 @@ def test_outside_the_masks_the_photo_stays_to_the_bit(large, capsys):
     assert "64x64 px" in notes[0] or "64x32 px" in notes[0]
 
 
+def test_crops_at_the_command(large, capsys):
+    """Two edits in one crop, a third in another, each outside its mask to the bit; both sessions are kept."""
+    boxes = ((20, 20, 35, 35), (22, 24, 40, 38), (400, 200, 420, 222))
+    where = [word for i, box in enumerate(boxes, 1) for word in ("--box", f"{i}={','.join(map(str, box))}")]
+    texts = [NIGHT, "make it day", NIGHT]
+    code, _, notes = run("edit", "large.png", *texts, *where, *MODEL, capsys=capsys)
+    assert code == 2 and "vanishes" in notes[-1]
+    code, out, _ = run("edit", "large.png", *texts, *where, "--crop", *MODEL, capsys=capsys)
+    assert code == 0 and "1. a new crop, 45x45 px at 5,5" in out and "2. goes on in the crop" in out
+    assert "3. outside the crop before: a new one" in out
+    sessions = [emilie.open(f"out/{name}.canvas", emilie.load("random", "toy", device="cpu")) for name in
+                ("large", "large-part2")]  # fmt: skip
+    assert [len(session.history) for session in sessions] == [2, 1] and sessions[0].part == (5, 5, 50, 50)
+    before = np.asarray(large)
+    for number, (x0, y0, x1, y1) in enumerate(boxes, 1):
+        after = array(f"out/large_{number}.png")
+        moved = (after != before).any(-1)
+        assert moved[y0:y1, x0:x1].mean() > 0.5 and moved.sum() == moved[y0:y1, x0:x1].sum()
+        before = after
+    assert "3. make it night" in run("info", "out/large_3.png", capsys=capsys)[1]
+    more = ["--canvas", "out/large.canvas", "--box", "1=22,24,40,38", "--out", "o"]
+    assert run("edit", "large.png", NIGHT, *more, *MODEL, capsys=capsys)[0] == 0
+    for words, told in (
+        (["--crop"], "needs a --mask"),
+        (["--crop", "--working-size", *where[:2]], "no --working-size"),
+    ):
+        code, _, err = run("edit", "large.png", NIGHT, *words, *MODEL, capsys=capsys)
+        assert code == 2 and told in err[0]
+
+
+def test_a_small_mask_in_a_large_photo_gets_the_advice(large, capsys):
+    _, _, notes = run("edit", "large.png", NIGHT, "--box", "1=0,0,66,66", *MODEL, capsys=capsys)
+    assert "--crop edits it at full resolution" in "".join(notes)
+
+
 def test_a_photo_is_edited_whole(large, capsys):
     assert run("edit", "large.png", NIGHT, *MODEL, capsys=capsys)[0] == 0
     moved = (array("out/large_1.png") != np.asarray(large)).any(-1)

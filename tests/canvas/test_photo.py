@@ -1,0 +1,110 @@
+"""Editing in a crop: at full resolution, in its latent as long as masks lie in it, the rest of the photo to the bit."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from emilie_min.canvas.photo import Photo, crop_box, is_small, open_photo
+from emilie_min.errors import CanvasError, MaskError
+from emilie_min.toy import judge, world
+
+SCENES, SIZE = 4, world.SIZE
+
+
+@pytest.fixture(scope="module")
+def many():
+    """A large picture of sixteen scenes, and those."""
+    scenes = [world.scene(seed) for seed in range(3, 3 + SCENES**2)]
+    image = Image.new("RGB", (SCENES * SIZE, SCENES * SIZE))
+    for i, scene in enumerate(scenes):
+        image.paste(world.render(scene), (i % SCENES * SIZE, i // SCENES * SIZE))
+    return image, scenes
+
+
+def tile(i: int) -> tuple[int, int, int, int]:
+    x, y = i % SCENES * SIZE, i // SCENES * SIZE
+    return x, y, x + SIZE, y + SIZE
+
+
+def edit(photo: Photo, text: str, mask, box=None, **more) -> str:
+    told = photo.aim([mask], box=box)
+    for _ in photo.steps([(text, mask)], **more):
+        pass
+    return told
+
+
+def in_tile(mask: Image.Image, i: int, size) -> Image.Image:
+    out = Image.new("L", size)
+    out.paste(mask, tile(i)[:2])
+    return out
+
+
+def test_in_crops_edits_are_right_and_the_rest_stays_to_the_bit(many, shipped):
+    """Of one scene among many two objects are changed in its latent, then one of another scene; undo goes all back."""
+    image, scenes = many
+    photo, before = open_photo(image, shipped), np.asarray(image)
+    i, j, script = 5, 10, []
+    scene = scenes[i]
+    for seed in range(9):
+        text, after, mask = world.instruct(scene, seed, "recolour")
+        if not script or mask.getbbox() != script[-1][2].getbbox():
+            script, scene = [*script, (text, after, mask)], after
+        if len(script) == 2:
+            break
+    told = []
+    for text, _, mask in script:
+        told.append(edit(photo, text, in_tile(mask, i, image.size), tile(i), keep_background=True))
+        assert photo.box == tile(i)
+    assert "a new crop, 64x64 px at 64,64" in told[0] and "pixels" not in told[0] and told[1] == "goes on in the crop"
+    assert len(photo.canvas.history) == 2 and photo.canvas.state.f is not None  # of the latent, not of pixels
+    assert judge.judge(photo.image.crop(tile(i)), scene).correct
+    union = np.maximum(*(np.asarray(in_tile(mask, i, image.size)) for _, _, mask in script)) > 0
+    assert np.array_equal(np.asarray(photo.image)[~union], before[~union])
+
+    middle = np.asarray(photo.image)
+    text, after, mask = world.instruct(scenes[j], 1, "recolour")
+    mask = in_tile(mask, j, image.size)
+    assert "outside the crop before: a new one, 64x64 px at 128,128, from pixels" in edit(photo, text, mask, tile(j))
+    assert judge.judge(photo.image.crop(tile(j)), after).correct and len(photo.canvases) == 2
+    outside = np.asarray(mask) == 0
+    assert np.array_equal(np.asarray(photo.image)[outside], middle[outside])
+    photo.undo()
+    assert np.array_equal(np.asarray(photo.image), middle)
+    photo.undo()
+    photo.undo()
+    assert np.array_equal(np.asarray(photo.image), before)
+    with pytest.raises(CanvasError, match="nothing to undo"):
+        photo.undo()
+
+
+def test_a_large_photo_with_a_small_mask(editor):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 1200, 3), dtype=np.uint8))
+    mask = np.zeros((900, 1200), np.uint8)
+    mask[500:520, 1180:1199] = 255
+    mask[510, 1190] = 0
+    of = open_photo(photo, editor)
+    with pytest.raises(MaskError, match="vanishes"):  # which at the whole picture's size nothing can be done about
+        of.canvas.read_regions([mask])
+    edit(of, "make it night", mask, steps=1)
+    assert of.box == crop_box((1180, 500, 1199, 520), photo.size, 64) and of.box[2] == 1200
+    changed = (np.asarray(of.image) != np.asarray(photo)).any(-1)
+    assert of.image.size == photo.size and not changed[mask == 0].any() and changed[mask > 0].mean() > 0.9
+    assert of.aim(None).startswith("back to the whole picture") and of.box == (0, 0, 1200, 900)
+    assert np.array_equal((np.asarray(of.image) != np.asarray(photo)).any(-1), changed)
+
+
+def test_crops_lie_in_the_photo_and_hold_the_mask():
+    for mask in ((0, 0, 10, 10), (390, 290, 400, 300), (100, 0, 300, 300), (0, 0, 400, 300), (195, 145, 205, 155)):
+        x0, y0, x1, y1 = crop_box(mask, (400, 300), 64)
+        assert 0 <= x0 <= mask[0] and mask[2] <= x1 <= 400 and 0 <= y0 <= mask[1] and mask[3] <= y1 <= 300
+    assert crop_box((195, 145, 205, 155), (400, 300), 64) == (184, 134, 216, 166)
+    assert is_small((0, 0, 60, 60), (4000, 3000), (512, 384)) and not is_small((0, 0, 60, 60), (512, 384), (512, 384))
+
+
+def test_what_cannot_be_cropped_is_told(many, editor):
+    photo = open_photo(many[0], editor)
+    with pytest.raises(MaskError, match="make the crop larger"):
+        photo.aim([(0, 0, 40, 40)], box=(0, 0, 32, 32))
+    with pytest.raises(CanvasError, match="needs a mask"):
+        photo.aim([None])
+    assert photo.canvas.at == 0 and photo.box == (0, 0, 256, 256)
