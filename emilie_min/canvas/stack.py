@@ -188,7 +188,7 @@ class Walk:
                 before = self.steps(replace(self.layers[number], shown=True, strength=1.0), scratch, within)
                 for each in before:
                     if each.i == step:
-                        x = each.x.cpu()
+                        x, self.calls = each.x.cpu(), self.calls + 1
                         break
                     yield each
             start = step, x
