@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..errors import CanvasError, EmilieError, printable
+from ..errors import CanvasError, EmilieError, printable, say
 from .edit import add_settings, read_box, settings
 from .options import add_model_options, add_path_options, load_editor, writable
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     folder = writable(args.out) if name else None
     canvas = open_canvas(args.session, load_editor(args))
     if name is None:
-        print(told(canvas))
+        say(told(canvas))
         return
     if name == "undo":
         canvas.undo()
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     path = folder / f"{args.session.name.removesuffix('.canvas').removesuffix('.safetensors')}_{canvas.at}.png"
     if name != "undo" or not path.exists():
         images.save(canvas.image, path, about.texts(canvas))
-    print(f"{told(canvas)}\nwrote {path} and {args.session}{calls}")
+    say(f"{told(canvas)}\nwrote {path} and {args.session}{calls}")
 
 
 def numbers(name: str | None, rest: list[str]) -> list:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import BenchError, printable
+from ..errors import BenchError, printable, say
 
 OWN = {  # of what a score is made by: the small world's, and the released one
     "clip": ("toy-clip", "openai/clip-vit-large-patch14"),
@@ -126,7 +126,7 @@ def run_run(args: argparse.Namespace) -> None:
     common = {"steps": args.steps, "prompt": args.prompt}
     done = run.run(args.folder, names(args.methods), args.out, seeds, models, shard, **common)
     missing, failed = run.state(done)
-    print(f"{args.out}: {missing} edits missing, {failed} failed" if missing or failed else f"{args.out}: complete")
+    say(f"{args.out}: {missing} edits missing, {failed} failed" if missing or failed else f"{args.out}: complete")
 
 
 def which_shard(text: str | None, environ: dict) -> tuple[int, int]:
@@ -153,7 +153,7 @@ def run_tune(args: argparse.Namespace) -> None:
         settings[name.strip()] = names(values)
     models = run.Models(args.weights, None, args.config, args.device, args.dtype, args.tokenizer)
     for line in tune.tune(args.out, names(args.methods), settings or tune.TRIED, args.scenes, models):
-        print(line)
+        say(line)
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -162,7 +162,7 @@ def run_report(args: argparse.Namespace) -> None:
     done = run.read_run(args.run_folder, names(args.methods) if args.methods else None)
     clip, blip = (which(model, done, *ours) for model, ours in ((args.clip, OWN["clip"]), (args.blip, OWN["blip"])))
     page = report.report(done, args.out, clip, blip, args.lpips, args.grids, args.device or "cpu", args.clip2)
-    print(f"wrote {page}, and beside it report.md and metrics.csv")
+    say(f"wrote {page}, and beside it report.md and metrics.csv")
 
 
 def which(model: str | None, run, small: str, released: str) -> str | None:
@@ -181,13 +181,13 @@ def run_study(args: argparse.Namespace) -> None:
     done = run.read_run(args.run_folder)
     methods = names(args.methods) if args.methods else None
     page, key, line = study.study(done, args.out or args.run_folder / "study", methods, args.chains, args.seed)
-    print(f"wrote {page}: {line}\nkeep {key} to yourself: `emilie bench tally` needs it")
+    say(f"wrote {page}: {line}\nkeep {key} to yourself: `emilie bench tally` needs it")
 
 
 def run_tally(args: argparse.Namespace) -> None:
     from . import study
 
-    print(study.tally(args.key, args.answers).markdown())
+    say(study.tally(args.key, args.answers).markdown())
 
 
 def run_import(args: argparse.Namespace) -> None:
@@ -195,16 +195,16 @@ def run_import(args: argparse.Namespace) -> None:
 
     own = {"editbench": {"polarity": args.polarity}, "edival": {}, "opa": {}}
     options = own.get(args.format, {"masks": args.masks})
-    print(f"wrote {args.folder}: {readers.import_(args.format, args.source, args.folder, **options)}")
+    say(f"wrote {args.folder}: {readers.import_(args.format, args.source, args.folder, **options)}")
 
 
 def run_make(args: argparse.Namespace) -> None:
     from . import data
 
-    print(f"wrote {args.folder}: {data.make(args.folder, args.scenes, args.turns, args.seed, args.kind)}")
+    say(f"wrote {args.folder}: {data.make(args.folder, args.scenes, args.turns, args.seed, args.kind)}")
 
 
 def run_check(args: argparse.Namespace) -> None:
     from . import data
 
-    print(f"{args.folder}: {data.check(args.folder)}")
+    say(f"{args.folder}: {data.check(args.folder)}")

@@ -132,7 +132,7 @@ def _load(folder: str | Path, opened: bool = False) -> list[Item]:
             faults.append(f"{path}:{number}: {printable(error)}")
     if faults:
         more = [f"... and {len(faults) - MOST} more"] if len(faults) > MOST else []
-        raise BenchError("\n".join(faults[:MOST] + more))
+        raise BenchError("\n".join(faults[:MOST] + more), faults[:MOST] + more)
     if not items:
         raise BenchError(f"{path} has no items: write one a line")
     return items
