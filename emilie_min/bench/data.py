@@ -404,7 +404,7 @@ def _undo(i: int, seed: int, turns: int) -> Item:
 
 
 def _undo_later(i: int, seed: int, turns: int) -> Item:
-    """An edit of the i-th kind, zero to three others, at most `turns` - 2, that touch nothing of it, and its undoing."""
+    """An edit of the i-th kind, up to three others (at most `turns` - 2) that touch nothing of it, and its undoing."""
     first, kind = world.scene(seed), list(UNDONE)[i % len(UNDONE)]
     between = min(i // len(UNDONE) % 4, max(turns - 2, 0))
     for attempt in count():
