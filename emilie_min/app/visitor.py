@@ -211,9 +211,10 @@ def tree_html(canvas: Canvas | None) -> str:
             line = f"grid-area:{row[parent]}/{column[i]}/{row[i] + 1}/{column[i] + 1}"
             parts.append(f'<i class="{"branch" if row[i] > row[parent] else ""}" style="{line}"></i>')
         about = ", ".join(f"{key} {value}" for key, value in state.settings.items())
+        hidden = "" if state.shown or state.shown is None else " (hidden)"
         parts.append(
             f'<button class="state{" here" if i == canvas.at else ""}" data-state="{i}" title="{escape(about)}" '
             f'style="grid-area:{row[i]}/{column[i]}"><img src="{data_url(enlarge(state.image, THUMB))}" alt="">'
-            f"<span><b>{i}</b> {escape(state.instruction or 'start')}</span></button>"
+            f"<span><b>{i}</b> {escape(state.instruction or 'start')}{hidden}</span></button>"
         )
     return f'<div class="tree">{"".join(parts)}</div>'

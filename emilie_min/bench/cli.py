@@ -26,13 +26,16 @@ def add_commands(bench: argparse.ArgumentParser, add_model_options: Callable) ->
     make.add_argument("folder", type=Path, metavar="DIR")
     make.add_argument("--scenes", type=whole, default=40, help="pictures (default: 40)")
     make.add_argument(
-        "--turns", type=whole, help="instructions for each (default: 4; 16 for drift and nothing, 2 for undo, 1 else)"
+        "--turns",
+        type=whole,
+        help="instructions for each (default: 4; 16 for drift and nothing, 2 for undo, up to 5 for undo-later, 1 else)",
     )
     make.add_argument("--seed", type=int, default=0, help="other scenes (default: 0)")
-    make.add_argument("--kind", default="imie", choices=("imie", "drift", "twins", "night-here", "undo", "nothing"),
+    kinds = ("imie", "drift", "twins", "night-here", "undo", "undo-later", "nothing")
+    make.add_argument("--kind", default="imie", choices=kinds,
                       help="imie: as IMIE-Bench, masks on some; drift: one object changed again and again; twins: "
                            "equal objects, a mask on one; night-here: a look or ground in a part; undo: do and undo "
-                           "in words; nothing: empty instructions")  # fmt: skip
+                           "in words; undo-later: others in between; nothing: empty instructions")  # fmt: skip
 
     check = command("check", run_check, "Validate a benchmark folder: every line, picture and mask.")
     check.add_argument("folder", type=Path, metavar="DIR")
