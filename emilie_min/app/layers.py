@@ -17,7 +17,7 @@ def stack_html(canvas: Canvas | None) -> str:
         return ""
     cards = []
     for k, state in enumerate(canvas.stack, 1):
-        name, eye = ("hide", "&#128065;") if state.shown else ("show", "&#8856;")
+        name, eye = ("hide", "&#9673;") if state.shown else ("show", "&#8856;")
         cards.append(
             f'<div class="layer{"" if state.shown else " hidden"}" draggable="true" data-edit="{k}">'
             f'<img src="{data_url(enlarge(state.image, THUMB))}" alt="" draggable="false">'

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..errors import CanvasError, EmilieError, printable
+from ..errors import CanvasError, EmilieError, printable, say
 from .edit import add_settings, read_box, settings
 from .options import add_model_options, add_path_options, load_editor, writable
 
@@ -14,6 +14,7 @@ CHANGES = {  # what each takes after the session's file, and what it does
     "move": ("K TO", "make edit K the TO-th"),
     "strength": ("K S", "keep the part S, 0 to 1, of edit K"),
     "revise": ("K [INSTRUCTION]", "make edit K anew with another instruction, mask or settings"),
+    "scrub": ("K PART [INSTRUCTION]", "the same in the last PART of its steps alone, 0 to 1"),
     "undo": ("", "go back to where the last change or edit began"),
 }
 
@@ -22,9 +23,9 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("session", type=Path, metavar="SESSION", help="a file of `emilie edit --canvas`; a change goes in")
     how = "; ".join(f"{name} {takes}: {what}".replace(" :", ":") for name, (takes, what) in CHANGES.items())
     sub.add_argument("change", nargs="*", metavar="CHANGE", help=f"left out: list the edits. {how}")
-    sub.add_argument("--mask", metavar="FILE", help="of `revise`: only where FILE is white")
-    sub.add_argument("--box", metavar="X0,Y0,X1,Y1", help="of `revise`: only in this box, px")
-    sub.add_argument("--everywhere", action="store_true", help="of `revise`: without the mask it had")
+    sub.add_argument("--mask", metavar="FILE", help="of `revise` and `scrub`: only where FILE is white")
+    sub.add_argument("--box", metavar="X0,Y0,X1,Y1", help="of `revise` and `scrub`: only in this box, px")
+    sub.add_argument("--everywhere", action="store_true", help="of `revise` and `scrub`: without the mask it had")
     add_settings(sub)
     sub.add_argument("--replay", action="store_true", help="make all later edits anew in full, not only where needed")
     sub.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the picture")
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     folder = writable(args.out) if name else None
     canvas = open_canvas(args.session, load_editor(args))
     if name is None:
-        print(told(canvas))
+        say(told(canvas))
         return
     if name == "undo":
         canvas.undo()
@@ -57,13 +58,13 @@ def run(args: argparse.Namespace) -> None:
     path = folder / f"{args.session.name.removesuffix('.canvas').removesuffix('.safetensors')}_{canvas.at}.png"
     if name != "undo" or not path.exists():
         images.save(canvas.image, path, about.texts(canvas))
-    print(f"{told(canvas)}\nwrote {path} and {args.session}{calls}")
+    say(f"{told(canvas)}\nwrote {path} and {args.session}{calls}")
 
 
 def numbers(name: str | None, rest: list[str]) -> list:
     """What a change takes, as numbers. Raises CanvasError."""
     takes = CHANGES[name][0] if name else ""
-    kinds = [float if word == "S" else int for word in takes.split() if not word.startswith("[")]
+    kinds = [float if word in ("S", "PART") else int for word in takes.split() if not word.startswith("[")]
     if len(rest) > len(takes.split()) or len(rest) < len(kinds):
         raise CanvasError(f"write: emilie stack SESSION {name} {takes}".rstrip())
     try:
@@ -81,11 +82,12 @@ def revision(args: argparse.Namespace, name: str | None, rest: list[str]) -> dic
     if len(masks) + args.everywhere > 1:
         raise EmilieError("choose one of --mask, --box and --everywhere")
     given |= {"mask": masks[0] if masks else None} if masks or args.everywhere else {}
-    if name != "revise":
+    if name not in ("revise", "scrub"):
         if given:
-            raise CanvasError(f"{', '.join('--' + key.replace('_', '-') for key in given)}: for `revise` only")
+            raise CanvasError(f"{', '.join('--' + key.replace('_', '-') for key in given)}: for `revise` and `scrub`")
         return {}
-    given |= {"instruction": rest[1]} if len(rest) > 1 else {}
+    at = len(numbers(name, rest))
+    given |= {"instruction": rest[at]} if len(rest) > at else {}
     if not given:
         raise CanvasError("say what to revise: an instruction, --mask, --box, --everywhere or settings")
     return given

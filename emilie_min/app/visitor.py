@@ -50,7 +50,7 @@ class Visitor:
         self.paint: Image.Image | None = None  # a mask to put on the board: of an edit that was undone, or found
         self.regions: list[tuple[str, Image.Image]] = []  # what the next edit does too, each with its mask
         self.uploaded: tuple[str, tempfile.TemporaryDirectory | None] = ("", None)  # a file's name, and its folder
-        self.busy, self.stopped = threading.Lock(), False
+        self.busy, self.stopped, self.stopped_at = threading.Lock(), False, 0.0
         self.seen = ""  # what an edit looks like so far, as a data URL
 
     @property
@@ -218,6 +218,10 @@ class Visitor:
             canvas.branch(at)
         yield f"{len(each)} results below, by their scales: click one to go on from it", 1, None
 
+    def stop(self) -> None:
+        """The edit that is under way, and those that were asked for and still wait."""
+        self.stopped, self.stopped_at = True, time.time()
+
     def go_on(self) -> None:
         """Raises CanvasError once Stop was pressed."""
         if self.stopped:
@@ -368,10 +372,11 @@ def tree_html(canvas: Canvas | None) -> str:
             line = f"grid-area:{row[parent]}/{column[i]}/{row[i] + 1}/{column[i] + 1}"
             parts.append(f'<i class="{"branch" if row[i] > row[parent] else ""}" style="{line}"></i>')
         about = ", ".join(f"{key} {value}" for key, value in state.settings.items())
+        hidden = "" if state.shown or state.shown is None else " (hidden)"
         parts.append(
             f'<button class="state{" here" if i == canvas.at else ""}" data-state="{i}" title="{escape(about)}" '
             f'style="grid-area:{row[i]}/{column[i]}"><img src="{data_url(enlarge(state.image, THUMB))}" alt="">'
-            f"<span><b>{i}</b> {escape(state.instruction or 'start')}{scales(canvas, i)}</span></button>"
+            f"<span><b>{i}</b> {escape(state.instruction or 'start')}{hidden}{scales(canvas, i)}</span></button>"
         )
     return f'<div class="tree">{"".join(parts)}</div>'
 

@@ -24,48 +24,15 @@ from .judge import judge
 HEAD, SEEDS = 5 * 10**5, 2000  # the first chain's seed after `FIRST`, which no other measure uses; tries at most
 
 
-def without(first: world.Scene, scenes: list[world.Scene], k: int) -> world.Scene | None:
-    """The scene that all edits but the k-th, from 0, lead to; None where a later one touches what that one changed.
-
-    Also where a shape stands twice in between: an instruction then does not say which it means.
-    """
-    chain, now = [first, *scenes], first
-    for i, (before, after) in enumerate(zip(chain, chain[1:])):
-        if i == k:
-            taken = parts(before, after)
-            continue
-        changed = parts(before, after)
-        if i > k and changed.keys() & taken.keys():
-            return None
-        now = put(now, changed)
-        if len({o.shape for o in now.objects}) < len(now.objects):
-            return None
-    return now
-
-
-def parts(before: world.Scene, after: world.Scene) -> dict[str, object]:
-    """What an edit changed: "background", "style" and places, with what is there then."""
-    old, new = ({o.place: o for o in scene.objects} for scene in (before, after))
-    changed = {place: new.get(place) for place in world.PLACES if old.get(place) != new.get(place)}
-    names = ("background", "style")
-    return changed | {n: getattr(after, n) for n in names if getattr(before, n) != getattr(after, n)}
-
-
-def put(scene: world.Scene, changed: dict) -> world.Scene:
-    objects = {o.place: o for o in scene.objects} | {p: o for p, o in changed.items() if p in world.PLACES}
-    looks = {name: what for name, what in changed.items() if name not in world.PLACES}
-    return replace(scene, objects=tuple(o for o in objects.values() if o), **looks)
-
-
 def chain(editor: Editor, seed: int, masked: bool) -> dict | None:
     """One chain's outcomes; None where its edits are not all right, or none of its first three can be taken back."""
     first, steps = world.chain(FIRST + HEAD + seed, TURNS)
     scenes = [after for _, after, _ in steps]
-    can = [k for k in range(TURNS - 1) if without(first, scenes, k)]
+    can = [k for k in range(TURNS - 1) if world.without(first, scenes, k)]
     if not can:
         return None
     k = random.Random(f"taken back {seed}").choice(can)
-    right = without(first, scenes, k)
+    right = world.without(first, scenes, k)
     canvas = open(world.render(first), editor, seed=seed)
     for text, after, mask in steps:
         if not judge(canvas.edit(text, mask if masked else None), after).correct:

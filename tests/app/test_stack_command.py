@@ -34,6 +34,8 @@ def test_the_stack_is_told_and_changed(session, editor, capsys):
     canvas = emilie.open("s.canvas", editor)
     assert code == 0 and canvas.stack[0].instruction == "make it night" and canvas.stack[0].mask is None
     assert canvas.stack[0].settings["steps"] == 2 and canvas.stack[0].strength == 0.5
+    assert run("stack", "s.canvas", "scrub", 1, 0.5, "--text-scale", 2, *MODEL, capsys=capsys)[0] == 0
+    assert run("stack", "s.canvas", "undo", *MODEL, capsys=capsys)[0] == 0
     assert run("stack", "s.canvas", "undo", *MODEL, capsys=capsys)[0] == 0
     assert emilie.open("s.canvas", editor).stack[0].instruction == "make it day"
 
@@ -45,7 +47,7 @@ def test_the_stack_is_told_and_changed(session, editor, capsys):
         (["retract"], "write: emilie stack SESSION retract K"),
         (["move", 1], "move K TO"),
         (["strength", 1, "x"], "write numbers"),
-        (["hide", 1, "--steps", 3], "for `revise` only"),
+        (["hide", 1, "--steps", 3], "for `revise` and `scrub`"),
         (["revise", 1], "say what to revise"),
         (["revise", 1, "--box", "0,0,9,9", "--everywhere"], "choose one"),
         (["hide", 7], "no edit 7"),
