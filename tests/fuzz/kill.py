@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import sys
 import tempfile
 import threading
@@ -55,8 +56,11 @@ def done(do: Callable[[], object], folder: Path) -> float:
     return time.time() - begun
 
 
-def killed(do: Callable[[], object], folder: Path, seconds: float) -> None:
+def killed(do: Callable[[], object], folder: Path, seconds: float, reached: Callable[[], bool] = lambda: True) -> None:
+    """Some seconds after something is reached, so that there is something to go on from."""
     pid = started(do, folder)
+    while not reached() and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        time.sleep(0.01)
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -93,11 +97,20 @@ def same(a, b) -> None:
         )  # fmt: skip
 
 
+def states(path: Path) -> int:
+    """How many a session has."""
+    if not path.exists():
+        return 0
+    with contextlib.closing(sqlite3.connect(path, timeout=60)) as db:
+        return db.execute("SELECT count(*) FROM states").fetchone()[0]
+
+
 def a_chain(folder: Path, rng: random.Random, times: int) -> None:
     took = done(edits(folder, "whole.canvas"), folder)
     whole = opened(folder / "whole.canvas", folder)
     for i in range(times):
-        killed(edits(folder, f"{i}.canvas"), folder, rng.uniform(0, took))
+        path, count = folder / f"{i}.canvas", rng.randrange(9)
+        killed(edits(folder, path.name), folder, rng.uniform(0, took / 8), lambda p=path, n=count: states(p) >= n)
         if (folder / f"{i}.canvas").exists():
             left = opened(folder / f"{i}.canvas", folder)
             for one, other in zip(left.states, whole.states):  # what was finished is there
@@ -220,7 +233,8 @@ def a_studio_session(folder: Path, rng: random.Random, times: int) -> None:
     took = done(visit("whole.canvas"), folder)
     whole = opened(folder / "whole.canvas", folder)
     for i in range(times):
-        killed(visit(f"{i}.canvas"), folder, rng.uniform(0, took))
+        path, count = folder / f"{i}.canvas", rng.choice((0, *range(2, 9)))
+        killed(visit(path.name), folder, rng.uniform(0, took / 8), lambda p=path, n=count: states(p) >= n)
         done(visit(f"{i}.canvas"), folder)
         same(opened(folder / f"{i}.canvas", folder), whole)
 
