@@ -23,6 +23,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from .layers import CHANGES
+
 EVENT, UPLOAD = 2**25, 2**28  # bytes that an event and an uploaded file may have
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 JOIN = "/gradio_api/queue/join"
@@ -129,6 +131,8 @@ class Door:
         more = event.get("event_data")
         if type(more) is dict and re.fullmatch("[0-9]{1,6}", str(more.get("state"))):  # a click on the tree of edits
             kept["event_data"] = {"state": str(more["state"])}
+            if more.get("change") in CHANGES and re.fullmatch("[0-9]{1,4}([.][0-9]{1,4})?", str(more.get("value"))):
+                kept["event_data"] |= {"change": more["change"], "value": str(more["value"])}  # of the stack
         return json.dumps(kept).encode()
 
 

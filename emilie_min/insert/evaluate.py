@@ -133,9 +133,10 @@ def together(editor: Editor, net: graconet.GracoNet, captioner: Captioner, n: in
 def keeping(editor: Editor, n: int, levels: tuple[float, ...] = (0.1, 0.17, 0.25, 0.34, 0.5, 1.0)) -> dict:
     """`Plan.keep_steps` at several levels, beside the plain paste and EMILIE's own object.
 
-    "another style": insets in another style than the scene's, put into a free place; right: to the judge, in the
-    scene's style; off: mean difference from the right picture in that place, grey levels. "another colour": insets in a colour
-    between two of the world's, which no word says; off: how far the object's colour is from the inset's.
+    "another style": insets in another style than the scene's, put into a free place. right: to the judge, in the
+    scene's style; off: mean difference from the right picture in that place, grey levels.
+    "another colour": insets in a colour between two of the world's, which no word says. off: how far the object's
+    colour is from the inset's.
     """
     found: dict = {"another style": {}, "another colour": {}}
     pairs_of_other_styles = filter(lambda p: p.style != p.scene.style, map(pairs.pair, itertools.count(KEPT)))
