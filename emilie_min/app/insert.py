@@ -2,10 +2,11 @@
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 from ..errors import BenchError, CanvasError, EmilieError, ImageError, MaskError, say
-from .edit import add_settings, claimed, read_box, resolution, settings
+from .edit import add_settings, claimed, gone_without_edits, read_box, resolution, settings, start
 from .options import add_model_options, add_path_options, load_editor, tell_foreign, writable
 
 GRID = 40  # rows of a grid at most
@@ -79,7 +80,11 @@ def run(args: argparse.Namespace) -> None:
     say(f'the inset shows "{planned.caption}"; proposals {", ".join(map(str, planned.boxes))} (x, y, w, h)')
 
     first = len(canvas.states)
-    with claimed(folder, args.base.stem, range(first, first + 1), going_on, args.canvas) as (name, session):
+    begin = partial(start, canvas)
+    with (
+        claimed(folder, args.base.stem, range(first, first + 1), going_on, args.canvas, begin) as (name, session),
+        gone_without_edits(None if going_on else session, canvas),
+    ):
         columns = [
             (planned.outlined(take), "where: GracoNet's proposals" if at is None else "where: as it was said", None),
             (planned.pasted(take), "the plain paste: GracoNet alone", None),
