@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import BenchError, CanvasError, EmilieError, ImageError, MaskError, say
-from .edit import add_settings, claimed, gone_without_edits, read_box, resolution, settings, start
+from .edit import add_settings, claimed, gone_without_edits, read_box, resolution, settings
 from .options import add_model_options, add_path_options, load_editor, tell_foreign, writable
 
 GRID = 40  # rows of a grid at most
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from ..canvas import about, images
     from ..canvas.canvas import open as open_canvas
     from ..canvas.photo import Photo, open_photo
-    from ..canvas.session import is_session
+    from ..canvas.session import is_session, start
     from ..canvas.strip import strip
     from ..insert import insertion
 
