@@ -4,6 +4,7 @@ A visitor is the page's gr.State: gradio keeps it while the page is open, and fo
 only the connection broke. `page.visitors` finds it by its key while it lives, for what `door` sends, fetches, stops.
 """
 
+import math
 import random
 import traceback
 from collections.abc import Callable, Iterator
@@ -141,6 +142,12 @@ def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
     def edit(visitor: Visitor, text: str | None, paint: str | None, keep: bool, *settings) -> Iterator:
         return visitor.edit(text or "", paint or "", keep_background=keep, **dict(zip(sent, settings)))
 
+    def edited(visitor: Visitor | None, event: gr.EventData, *inputs) -> Iterator[list]:
+        if visitor and (event._data or {}).get("asked", math.inf) < visitor.stopped_at:
+            yield told(visitor, "stopped before it began: the picture is as it was", refused=True)
+        else:
+            yield from doing(edit)(visitor, *inputs)
+
     def went(visitor: Visitor | None, event: gr.EventData) -> Iterator[list]:
         yield from doing(lambda visitor: visitor.branch(int(event._data["state"])))(visitor)
 
@@ -154,7 +161,7 @@ def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
     page.load(new_scene if small_world(editor) else doing(lambda visitor: ""), **slow)
     inputs = [on.visitor, on.text, on.paint, on.keep, *(getattr(on, name) for name in sent)]
     asked = slow | dict(inputs=inputs, js="(...inputs) => studio.inputs(...inputs)")
-    gr.on([on.go.click, on.text.submit], doing(edit), **asked)
+    gr.on([on.go.click, on.text.submit], edited, **asked)
     on.scene.click(new_scene, **slow)
     on.picture.select(doing(Visitor.open_uploaded), **slow)
     on.undo.click(doing(Visitor.undo), **quick)

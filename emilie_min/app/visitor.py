@@ -36,7 +36,7 @@ class Visitor:
         self.name = ""  # of the files to save
         self.paint: Image.Image | None = None  # the mask of an edit that was undone, so that it can be tried again
         self.uploaded: tuple[str, tempfile.TemporaryDirectory | None] = ("", None)  # a file's name, and its folder
-        self.busy, self.stopped = threading.Lock(), False
+        self.busy, self.stopped, self.stopped_at = threading.Lock(), False, 0.0
 
     def open_uploaded(self) -> str:
         """Go on with the file that was uploaded, which is removed."""
@@ -83,6 +83,10 @@ class Visitor:
         self.paint = None
         where = "everywhere" if mask is None else "where you painted"
         yield f"Edit {canvas.at}: {text}, {where}; {time.time() - started:.1f} s", 1
+
+    def stop(self) -> None:
+        """The edit that is under way, and those that were asked for and still wait."""
+        self.stopped, self.stopped_at = True, time.time()
 
     def go_on(self) -> None:
         """Raises CanvasError once Stop was pressed."""

@@ -57,7 +57,7 @@ for part in $parts; do
         run 0 emilie ip2p untouched vae paste lowpass
         report turns drift ;;
     hundred)
-        make hundred nothing 10 --turns 100
+        make hundred nothing 5 --turns 100
         run 0 emilie ip2p untouched vae
         report turns drift ;;
     undo)

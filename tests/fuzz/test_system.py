@@ -94,9 +94,8 @@ def test_a_run_that_ended_in_an_error_goes_on(folder):
     assert len(records) == 2 and not any(json.loads(path.read_text())["error"] for path in records)
 
 
-@pytest.mark.parametrize("option", ["--device", "--tokenizer", "--mask", "--out", "--canvas", "--weights", "--config"])
+@pytest.mark.parametrize("option", ["--device", "--tokenizer", "--out", "--canvas"])
 def test_names_that_no_file_can_have(option, folder):
-    for value in ("a" * 300, "b/" * 3000) if option != "--device" else ("privateuseone", "\x1b[31m"):
-        value = f"1={value}" if option == "--mask" else value
+    for value in ["b/" * 3000] if option != "--device" else ["privateuseone"]:
         short, _ = judge(Case([*EDIT, option, value]), folder)
         assert short == [], (option, value[:20])
