@@ -217,9 +217,12 @@ def support(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Where two scaled latents are far apart, and where they are apart at all; (1, 1, h, w) of bool both.
 
     By more than twice `APART` in a channel, and by `APART`, or by a half and a quarter of the most where that is less;
-    and in the cells around. Never where they are equal to the bit, as a mask keeps them.
+    and in the cells around; everywhere if most cells are apart by half of that, as a look leaves them. Never where they
+    are equal to the bit, as a mask keeps them.
     """
     apart = (a - b).abs().amax(1, keepdim=True)
+    if (apart > min(APART, apart.max().item() / 4) / 2).float().mean() > 0.5:
+        return apart > 0, apart > 0
     levels = [min(part * APART, part / 4 * apart.max().item()) for part in (2, 1)]
     far, near = (F.max_pool2d((apart > level).float(), 2 * REACH + 1, 1, REACH) > 0 for level in levels)
     return far & (apart > 0), near & (apart > 0)

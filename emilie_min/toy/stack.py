@@ -86,7 +86,25 @@ def main() -> None:
                     about = {"model": editor.model, "seeds": seed}
                     done[name] = about | summary(rows) | {"rows": rows}
                     write_bytes(json.dumps(done, indent=1).encode(), args.out)
-        print(name, json.dumps(summary(rows), indent=1))
+    write_bytes(table(done).encode(), args.out.with_suffix(".md"))
+    print(table(done))
+
+
+def table(done: dict) -> str:
+    """The figures as Markdown."""
+    lines = [
+        "# An edit taken back from the middle",
+        "",
+        "Made by `python -m emilie_min.toy.stack notebooks/bench/stack.json`." + __doc__.split(".", 3)[-1].rstrip(),
+        "Replaying makes every later edit anew. A network call is of all branches at one noise level; 12 are an edit.",
+        "",
+    ]
+    names = list(summary([]))[: list(summary([])).index("local")]
+    lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for kind, found in done.items():
+        for which, of in (("all", found), ("local edits", found["local"]), ("global edits", found["global"])):
+            lines.append(f"| {kind}: {which} | " + " | ".join(f"{of[name]:g}" for name in names) + " |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -192,6 +192,8 @@ def test_support_is_where_latents_are_apart_and_a_cell_around():
     assert far.sum() == 9 and near.sum() == 9 + 4 and far[0, 0, 2:5, 2:5].all() and near[0, 0, :2, :2].all()
     b[..., 4] = 0  # as a mask keeps it
     assert support(a, b)[0].sum() == 6
+    b[:, 1] = 0.2
+    assert support(a, b)[0].all()  # a little, but nearly everywhere
     assert not support(a, a)[1].any() and support(a, a + 0.02)[1].all()  # little, but everywhere
 
 
