@@ -10,7 +10,7 @@ from pathlib import Path
 from ..bench.cli import add_commands, whole
 from ..errors import EmilieError
 from ..speed.cli import add_options, run_speed
-from . import demo, edit, insert, language
+from . import batch, demo, edit, insert, language, looks
 from .options import EMA_CHOICES, EMA_HELP, add_model_options, add_path_options, load_editor, writable
 
 
@@ -73,7 +73,12 @@ def parser() -> Parser:
     about = "Edit a scene of the small world by four instructions with the model that ships."
     demo.add_options(command("demo", demo.run, about))
     about = "Edit a picture by one instruction after another, each anywhere or in a mask."
-    edit.add_options(command("edit", edit.run, about))
+    edit.add_options(command("edit", run_edit, about))
+
+    about = "Try guidance's two scales, and seeds, at once: one labelled sheet and the single pictures."
+    looks.add_grid_options(command("grid", looks.run_grid, about))
+    about = "Show where an instruction would act, as a map over the picture and as a mask."
+    looks.add_where_options(command("where", looks.run_where, about))
 
     about = "Tell in a minute or two whether this machine with these weights is all right; 1 where something is red."
     well = command("check", run_check, about)
@@ -123,6 +128,10 @@ def parser() -> Parser:
     help = "Compare methods: benchmark folders, runs, reports, the preference study."
     add_commands(commands.add_parser("bench", help=help, description=help), add_model_options)
     return top
+
+
+def run_edit(args: argparse.Namespace) -> int | None:
+    return edit.run(args) if args.batch is None else batch.run(args)
 
 
 def run_studio(args: argparse.Namespace) -> None:

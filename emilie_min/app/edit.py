@@ -18,6 +18,7 @@ from .options import add_model_options, add_path_options, edit_with_bar, load_ed
 
 LONGEST_NAME, LONGEST_STEM = 225, 180  # bytes: of 255, what the endings and a half-written file's name leave
 
+AUTO = "auto"  # in the place of a mask
 LITTLE = 0.005  # of the picture or the mask: an edit that changed less is told how to be stronger
 
 HELP = {  # of the fields of Settings that are options
@@ -34,20 +35,27 @@ HELP = {  # of the fields of Settings that are options
     "text_scale": "how strongly to follow the instruction",
     "image_scale": "how closely to stay with the picture",
     "seed": "of all noise (default: 0, or what the --canvas began with)",
+    "negative": "what not to do: an instruction whose pull is taken off the others'",
+    "further": "instructions that pull too, by these parts of the text scale, which may be negative",
 }
 METAVARS = {"guidance_interval": "LOW,HIGH", "reuse": "N", "reuse_guidance": "PART"}
+METAVARS |= {"negative": "INSTRUCTION", "further": "WEIGHT:INSTRUCTION[;...]"}
 READ = {  # what an option's text becomes, by the field's type
     int: int,
     int | None: int,
     float | None: float,
     tuple[float, float] | None: lambda text: tuple(text.split(",")),
+    tuple[tuple[str, float], ...]: lambda text: [part.strip().split(":", 1)[::-1] for part in text.split(";")],
 }
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("input", metavar="IMAGE", help="the picture; may be left out with a --canvas that exists")
+    sub.add_argument(
+        "input", metavar="IMAGE", help="the picture; may be left out with a --canvas that exists, and with --batch"
+    )
     sub.add_argument("instructions", metavar="INSTRUCTION", nargs="*", help="what to change; several are done in turn")
-    sub.add_argument("--mask", action="append", default=[], metavar="N=FILE", help="edit N only where FILE is white")
+    sub.add_argument("--mask", action="append", default=[], metavar="N=FILE",
+                     help="edit N only where FILE is white; FILE auto: where the instruction would act")  # fmt: skip
     sub.add_argument("--box", action="append", default=[], metavar="N=X0,Y0,X1,Y1", help="edit N only in this box, px")
     sub.add_argument(
         "--also",
@@ -64,6 +72,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--crop-box", metavar="X0,Y0,X1,Y1", help="the crop itself, px (default: the mask and a margin)")
     sub.add_argument("--mask-invert", action="store_true", help="the masks' files are black where to edit")
     sub.add_argument("--canvas", type=Path, metavar="FILE", help="keep the session here; goes on with one that exists")
+    sub.add_argument("--batch", metavar="WHERE", help="all pictures of a folder or quoted pattern; goes on if killed")
     sub.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the pictures")
     add_model_options(sub, find=True)
     add_path_options(sub)
@@ -113,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     if not all(text.strip() for text in args.instructions):
         raise InstructionError("an instruction is empty: say what to change")
     language.check(args.instructions)
-    edits = read_edits(args)
+    edits = read_edits(args, args.instructions)
     original = images.read_image(args.input) if args.input is not None else None
 
     editor = load_editor(args)
@@ -145,6 +154,8 @@ def run(args: argparse.Namespace) -> None:
         note(
             f"pictures are written at {canvas.image.width}x{canvas.image.height} px: name the picture for its own size"
         )
+    if args.crop:
+        edits[0] = with_places(edits[0], target, canvas)
     if args.crop and (told := aim(photo, edits[0], args.soft, crop)):
         print(f"1. {told}")
         canvas = photo.canvas
@@ -160,6 +171,7 @@ def run(args: argparse.Namespace) -> None:
     ):
         cells = [(canvas.image, "input" if canvas.at == 0 else canvas.state.instruction, None)]
         for i, regions in enumerate(edits, 1):
+            regions = with_places(regions, target, canvas)
             if args.crop and i > 1 and (told := aim(photo, regions, args.soft, crop)):
                 print(f"{i}. {told}")
                 if photo.canvas is not canvas:
@@ -186,6 +198,8 @@ def check_edit(photo, canvas, regions: list[tuple], soft: bool, crop: bool) -> N
 
     masks = [mask for _, mask in regions]
     canvas.editor.text.tokenize([text for text, _ in regions])
+    if AUTO in masks:
+        return
     given = None if photo is None else photo.read_given(masks, soft)
     if crop and given is not None:  # what vanishes is told at the crop's size
         return
@@ -196,6 +210,23 @@ def check_edit(photo, canvas, regions: list[tuple], soft: bool, crop: bool) -> N
             f"a mask of {x1 - x0}x{y1 - y0} px in a picture of {given.width}x{given.height} px is edited at "
             f"{canvas.image.width}x{canvas.image.height} px: --crop edits it at full resolution"
         )
+
+
+def with_places(regions: list[tuple], target, canvas) -> list[tuple]:
+    """An edit's regions, with the masks that it has to find by itself found, see `canvas.where`, and told."""
+    from ..canvas import where
+
+    placed = []
+    for text, mask in regions:
+        if mask == AUTO:
+            mask = where.mask(canvas, text)
+            share = 1.0 if mask is None else sum(mask.histogram()[128:]) / (mask.width * mask.height)
+            what = "acts on all of the picture: no mask" if mask is None else f"acts on {share:.0%} of the picture"
+            print(f'"{text}" {what}')
+            if mask is not None and target is not canvas:
+                mask = target.at_own_size(mask)
+        placed.append((text, mask))
+    return placed
 
 
 def aim(photo, regions: list[tuple], soft: bool, crop: tuple | None) -> str:
@@ -220,8 +251,8 @@ def inverted(mask, canvas, soft: bool):
 
     from ..canvas import images
 
-    if mask is None:
-        return None
+    if mask is None or mask == AUTO:
+        return mask
     given = images.read_given(mask, canvas.original_size, canvas.image.size, soft, canvas.turned)
     return ImageChops.invert(given if soft else given.point(lambda v: 255 if v >= 128 else 0))
 
@@ -236,12 +267,15 @@ def what_changed(before, canvas) -> str:
     return told + (": raise --text-scale or lower --image-scale" if share < LITTLE else "")
 
 
-def read_edits(args: argparse.Namespace) -> list[list[tuple]]:
+def read_edits(args: argparse.Namespace, texts: list[str]) -> list[list[tuple]]:
     """The instructions, --mask N=FILE, --box N=X0,Y0,X1,Y1 and --also -> of each edit its (instruction, mask) pairs."""
-    masks, also = {}, {n: [] for n in range(1, len(args.instructions) + 1)}
+    masks, also = {}, {n: [] for n in range(1, len(texts) + 1)}
     examples = {"--mask": "2=mask.png", "--box": "2=10,10,200,200", "--also": '"2=mask.png:make it blue"'}
     for option, values in (("--mask", args.mask), ("--box", args.box), ("--also", args.also)):
         for value in values:
+            if option == "--mask" and value == AUTO:
+                masks |= {n: AUTO for n in also if n not in masks}
+                continue
             number, _, what = value.partition("=")
             if not number.isdecimal() or not what:
                 raise MaskError(f"{option} {value}: say which edit it is for, as in {option} {examples[option]}")
@@ -259,7 +293,7 @@ def read_edits(args: argparse.Namespace) -> list[list[tuple]]:
             masks[int(number)] = read_box(what, f"{option} {value}") if option == "--box" else what
     if args.keep_background and not masks:
         raise MaskError("--keep-background needs a --mask or --box: without one there is no background")
-    return [[(text, masks.get(n)), *also[n]] for n, text in enumerate(args.instructions, 1)]
+    return [[(text, masks.get(n)), *also[n]] for n, text in enumerate(texts, 1)]
 
 
 def place_and_text(what: str) -> tuple[str, str]:

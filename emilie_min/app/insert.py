@@ -4,14 +4,17 @@ import argparse
 import os
 from pathlib import Path
 
-from ..errors import CanvasError, MaskError
+from ..errors import BenchError, CanvasError, EmilieError, ImageError, MaskError
 from .edit import add_settings, claimed, read_box, resolution, settings
 from .options import add_model_options, add_path_options, load_editor, tell_foreign, writable
 
+GRID = 40  # rows of a grid at most
+
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("base", type=Path, metavar="BASE", help="the picture to insert into")
-    sub.add_argument("inset", type=Path, metavar="INSET", help="a picture of the object, cut out or not")
+    told = "the picture to insert into; or a benchmark's folder with insets, such as OPA's, for Fig. 8's grid of it"
+    sub.add_argument("base", type=Path, metavar="BASE", help=told)
+    sub.add_argument("inset", type=Path, nargs="?", metavar="INSET", help="a picture of the object, cut out or not")
     sub.add_argument("--inset-mask", type=Path, metavar="FILE", help="where the object is (default: INSET's alpha)")
     sub.add_argument("--at", metavar="X0,Y0,X1,Y1", help="where to, in pixels of BASE (default: GracoNet says)")
     sub.add_argument("--proposals", type=int, default=4, metavar="N", help="places to propose (default: 4)")
@@ -39,6 +42,10 @@ def run(args: argparse.Namespace) -> None:
     changes, at = settings(args), read_box(args.at, "--at") if args.at is not None else None
     if args.at is None and not 1 <= args.take <= args.proposals:
         raise CanvasError(f"--take {args.take}: there are proposals 1 to {args.proposals}")
+    if args.base.is_dir():
+        return over_benchmark(args, changes)
+    if args.inset is None:
+        raise ImageError("what to insert? Name a picture of it, as in `emilie insert base.jpg kite.png`")
     going_on = args.canvas is not None and os.path.exists(args.canvas)
     if going_on and not is_session(args.canvas):
         raise CanvasError(f"{args.canvas} is there and no canvas: name another file with --canvas")
@@ -85,6 +92,54 @@ def run(args: argparse.Namespace) -> None:
         print(f"wrote {path} and {session}")
         strip_name = f"{stem}_strip.png" if going_on else f"{name}_strip.png"
         print(f"wrote {images.save(strip(columns), folder / strip_name)}")
+
+
+def over_benchmark(args: argparse.Namespace, changes: dict) -> None:
+    """The same for every item of a benchmark that has an inset, where an earlier call left off; then their grid."""
+    from PIL import Image
+
+    from ..bench import data
+    from ..canvas import images
+    from ..canvas.canvas import open as open_canvas
+    from ..canvas.strip import strip
+    from ..insert import insertion
+
+    given = [f"--{name.replace('_', '-')}" for name in ("at", "canvas", "inset_mask", "caption") if getattr(args, name)]
+    if args.inset is not None or given:
+        what = given[0] if given else "INSET"
+        raise BenchError(f"{args.base} is a folder, whose items have insets of their own: leave out {what}")
+    items = [item for item in data.read(args.base) if item.turns[0].inset is not None]
+    if not items:
+        raise BenchError(f"{args.base} has no item with an inset")
+    editor, folder = load_editor(args), writable(args.out)
+    proposer = insertion.load_proposer(editor, args.graconet)
+    captioner = insertion.load_captioner(editor, args.blip2)
+    rows = []
+    for item in items:
+        place = folder / f"{item.id}.png"
+        if not place.exists():
+            turn = item.turns[0]
+            try:
+                canvas = open_canvas(item.image, editor, args.seed or 0, args.resolution)
+                given = (turn.inset, turn.inset_mask, None, args.proposals, None, args.seed, args.format)
+                planned = insertion.plan(canvas, *given, proposer, captioner)
+                columns = [(planned.outlined(args.take - 1), f"{item.id}: proposals", None)]
+                columns.append((planned.pasted(args.take - 1), f"pasted: {planned.caption}", None))
+                draw(planned, args.take - 1, changes)
+            except EmilieError as error:
+                print(f"{item.id} is left out: {error}")
+                continue
+            images.save(strip([*columns, (canvas.image, f"EMILIE: {canvas.state.instruction}", None)]), place)
+            print(f"wrote {place}")
+        rows.append(Image.open(place))
+    if not rows:
+        raise BenchError(f"of {args.base} no item could be done")
+    grid = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows[:GRID]:
+        grid.paste(row, (0, top))
+        top += row.height
+    print(f"wrote {images.save(grid.crop((0, 0, grid.width, top)), folder / 'grid.png')}")
 
 
 def draw(planned, take: int, changes: dict) -> None:

@@ -44,8 +44,8 @@ def check(instructions: Sequence[str]) -> None:
         if is_a_picture(text):
             name = printable(text, 100)
             raise InstructionError(
-                f"{name} is a file and no instruction: a mask is given as --mask 1={name}, and several pictures are "
-                "edited in a call each"
+                f"{name} is a file and no instruction: a mask is given as --mask 1={name}, and several pictures as "
+                '--batch FOLDER or --batch "*.jpg", with the quotes'
             )
     words = [not text.strip().strip("'\"").count(" ") for text in instructions]
     run = next((i for i in range(len(words) - 1) if words[i] and words[i + 1]), None)

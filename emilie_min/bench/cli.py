@@ -7,6 +7,11 @@ from pathlib import Path
 
 from ..errors import BenchError, printable
 
+OWN = {  # of what a score is made by: the small world's, and the released one
+    "clip": ("toy-clip", "openai/clip-vit-large-patch14"),
+    "blip": ("toy-blip2", "Salesforce/blip-image-captioning-large"),
+}
+
 
 def add_commands(bench: argparse.ArgumentParser, add_model_options: Callable) -> None:
     """The sub-commands of `emilie bench`."""
@@ -32,8 +37,8 @@ def add_commands(bench: argparse.ArgumentParser, add_model_options: Callable) ->
     check = command("check", run_check, "Validate a benchmark folder: every line, picture and mask.")
     check.add_argument("folder", type=Path, metavar="DIR")
 
-    take = command("import", run_import, "Bring EditBench, MagicBrush, PIE-Bench or EdiVal into the one form.")
-    take.add_argument("format", choices=("editbench", "magicbrush", "piebench", "edival"))
+    take = command("import", run_import, "Bring EditBench, MagicBrush, PIE-Bench, EdiVal or OPA into the one form.")
+    take.add_argument("format", choices=("editbench", "magicbrush", "piebench", "edival", "opa"))
     take.add_argument("source", type=Path, metavar="SOURCE")
     take.add_argument("folder", type=Path, metavar="DIR")
     take.add_argument("--polarity", choices=("white-is-edit", "black-is-edit"), help="of EditBench's masks: look first")
@@ -70,8 +75,12 @@ def add_commands(bench: argparse.ArgumentParser, add_model_options: Callable) ->
     report.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/report")
     report.add_argument("--methods", metavar="A,B,...",
                         help="which; the others are compared with the first (default: all)")  # fmt: skip
-    report.add_argument("--clip", metavar="MODEL", help="also CLIP scores, by a hub's model name or a folder")
-    report.add_argument("--blip", metavar="MODEL", help="also BLIP scores, likewise; needs --clip for its texts")
+    report.add_argument("--clip", nargs="?", const="", metavar="MODEL",
+                        help="also CLIP scores, by a hub's model name or a folder (default of the small world's runs: "
+                             "weights/toy-clip; else ViT-L/14)")  # fmt: skip
+    report.add_argument("--clip2", metavar="MODEL", help="another CLIP, for a column beside the first's")
+    report.add_argument("--blip", nargs="?", const="", metavar="MODEL",
+                        help="also BLIP scores, likewise, by BLIP or BLIP-2; needs --clip for its texts")  # fmt: skip
     report.add_argument("--lpips", action="store_true", help="also LPIPS; its package must be installed")
     report.add_argument("--grids", type=int, default=6, metavar="N", help="chains to show as pictures (default: 6)")
     report.add_argument("--device", help="for the scores: cuda, cpu, ... (default: cpu)")
@@ -148,10 +157,19 @@ def run_report(args: argparse.Namespace) -> None:
     from . import report, run
 
     done = run.read_run(args.run_folder, names(args.methods) if args.methods else None)
-    page = report.report(
-        done, args.out, args.clip, args.blip, args.lpips, grids=args.grids, device=args.device or "cpu"
-    )
+    clip, blip = (which(model, done, *ours) for model, ours in ((args.clip, OWN["clip"]), (args.blip, OWN["blip"])))
+    page = report.report(done, args.out, clip, blip, args.lpips, args.grids, args.device or "cpu", args.clip2)
     print(f"wrote {page}, and beside it report.md and metrics.csv")
+
+
+def which(model: str | None, run, small: str, released: str) -> str | None:
+    """A scorer's model: the one that is named or, where the option stands alone, the run's own."""
+    from ..loading import shipped
+
+    if model != "":
+        return model
+    truths = all(item.truth for item in run.items)
+    return str(shipped(f"{small}/config.json").parent) if truths else released
 
 
 def run_study(args: argparse.Namespace) -> None:
@@ -172,7 +190,8 @@ def run_tally(args: argparse.Namespace) -> None:
 def run_import(args: argparse.Namespace) -> None:
     from . import readers
 
-    options = {"editbench": {"polarity": args.polarity}, "edival": {}}.get(args.format, {"masks": args.masks})
+    own = {"editbench": {"polarity": args.polarity}, "edival": {}, "opa": {}}
+    options = own.get(args.format, {"masks": args.masks})
     print(f"wrote {args.folder}: {readers.import_(args.format, args.source, args.folder, **options)}")
 
 

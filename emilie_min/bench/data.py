@@ -19,6 +19,8 @@ One item, which stands on one line of bench.jsonl, in UTF-8; only "id", "image",
                                                      picture before is right
          "caption": "a blue circle on sand",         what the right result shows
          "target": "targets/0001_1.png",             the right result, where there is one
+         "inset": "insets/0001_1.png",               given to `emilie insert`: a picture of an object to insert,
+         "inset_mask": "inset_masks/0001_1.png",     and where in it the object is
          "truth": null}]}                            the right result as a scene of the small world
 
 Paths are relative to DIR, with "/", and stay inside it. Masks and regions have their picture's size. An edit with
@@ -45,9 +47,10 @@ from ..toy import world
 
 FILE = "bench.jsonl"
 MOST = 20  # lines with a fault that are named in one error
-PICTURES = ("image", "mask", "region", "target")
+PICTURES = ("image", "mask", "region", "target", "inset", "inset_mask")
 TURN = {
-    "instruction": str, "mask?": str, "caption?": str, "region?": str, "target?": str, "truth?": dict, "within?": bool
+    "instruction": str, "mask?": str, "caption?": str, "region?": str, "target?": str, "truth?": dict, "within?": bool,
+    "inset?": str, "inset_mask?": str,
 }  # fmt: skip
 ITEM = {"id": str, "image": str, "turns": [TURN], "caption?": str, "truth?": dict, "meta?": dict}
 IDLE = ITEM | {"turns": [TURN | {"instruction": Blank}]}  # of items that ask for nothing
@@ -72,6 +75,8 @@ class Turn:
     target: Picture | None = None
     truth: world.Scene | None = None
     within: bool = False  # the truth is the region's alone
+    inset: Picture | None = None  # of an object to insert, for `emilie insert`
+    inset_mask: Picture | None = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +208,7 @@ def _scene(value: object) -> world.Scene:
 def _open(item: Item) -> None:
     """Look at all pictures of an item as a run will. Raises ValueError at the first that will not do."""
     from ..canvas import images
+    from ..canvas.insets import read_inset
 
     size = None
     for where, entry in [("", item), *((f"turns[{i}].", turn) for i, turn in enumerate(item.turns))]:
@@ -212,6 +218,8 @@ def _open(item: Item) -> None:
                 if path and part in ("image", "target"):
                     found = images.read_image(path).size
                     size = size or found
+                elif path and part.startswith("inset"):
+                    read_inset(entry.inset, entry.inset_mask)
                 elif path:
                     images.read_mask(path, size, size)
             except EmilieError as error:

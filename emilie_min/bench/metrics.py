@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ..errors import BenchError, ImageError, MaskError, first_line, printable
-from ..toy import judge, world
+from ..toy import judge, words, world
 from .data import Turn
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ CLIP, BLIP = "openai/clip-vit-large-patch14", "Salesforce/blip-image-captioning-
 PSNR_CAP = 100.0  # dB: what identical pictures count as, so that a mean over pictures stays a number
 RADIUS = 5  # px, of SSIM's window
 BATCH = 16
+LONGEST = {"Blip": 30, "Blip2": 48}  # tokens of a caption
 
 
 class Metric(NamedTuple):
@@ -58,7 +59,10 @@ METRICS = {
     "psnr_first": Metric("PSNR to first", "dB", "higher", "against the input, outside all regions so far"),
     "l1_first": Metric("L1 to first", "grey levels", "lower", "against the input, outside all regions so far"),
     "clip": Metric("CLIP score", "", "higher", "cosine of the picture and the instruction"),
+    "clip2": Metric("second CLIP's score", "", "higher", "likewise, by the other CLIP"),
+    "clip_caption": Metric("CLIP to caption", "", "higher", "cosine of the picture and the right result's caption"),
     "blip": Metric("BLIP score", "", "higher", "cosine of BLIP's caption of the picture and the instruction"),
+    "borne_out": Metric("borne out", "share", "higher", "BLIP's caption, read as a scene, is as the instruction asks"),
     "direction": Metric("CLIP direction", "", "higher", "cosine of the picture's change and the captions' change"),
     "clip_image": Metric("CLIP image", "", "higher", "cosine of the picture and the one before"),
 }
@@ -73,6 +77,11 @@ def _rgb(picture: Picture) -> Image.Image:
     if getattr(picture, "dtype", None) != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
         raise ImageError("a picture to measure must be a PIL image or a uint8 array (H, W, 3)")
     return Image.fromarray(picture)
+
+
+def _key(image: Image.Image) -> tuple:
+    """What two pictures have in common only if they are the same."""
+    return image.size, hashlib.sha256(image.tobytes()).digest()
 
 
 def _white(mask: Picture, shape: tuple[int, int]) -> np.ndarray:
@@ -266,6 +275,18 @@ def _load(name: str | Path, model: str, processor: str, device: str) -> tuple:
     return network.eval().to(device), images, tokenizer
 
 
+def is_blip2(name: str | Path) -> bool:
+    """By its config; what has none is told by `_load`."""
+    import transformers
+
+    for local in (True,) if Path(name).is_dir() else (True, False):
+        try:
+            return transformers.AutoConfig.from_pretrained(name, local_files_only=local).model_type == "blip-2"
+        except Exception:  # of whatever type its files or the network provoke
+            continue
+    return False
+
+
 class ClipScorer:
     """CLIP (Radford et al. 2021): pictures and texts in one space. Each is embedded once, and kept.
 
@@ -280,7 +301,7 @@ class ClipScorer:
     def image(self, images: Sequence[Picture]) -> "Tensor":
         """(N, D) float32 on the CPU, of unit length."""
         images = [_rgb(image) for image in images]
-        keys = [(image.size, hashlib.sha256(image.tobytes()).digest()) for image in images]
+        keys = [_key(image) for image in images]
         return self._embed(dict(zip(keys, images)), keys, self._image)
 
     def text(self, texts: Sequence[str]) -> "Tensor":
@@ -327,25 +348,40 @@ class ClipScorer:
 
 
 class BlipScorer:
-    """BLIP (Li et al. 2022) says what a picture shows, which is compared with what was asked for.
+    """BLIP (Li et al. 2022), or BLIP-2, says what a picture shows, which is compared with what was asked for.
 
     EMILIE names neither the checkpoint nor how the two texts are compared: CLIP's text cosine is our choice, so values
     compare with one another and not with the paper's. Raises BenchError.
     """
 
     def __init__(self, clip: ClipScorer, model: str | Path = BLIP, device: str = "cpu"):
-        names, self.clip = ("BlipForConditionalGeneration", "BlipImageProcessor"), clip
-        self.model, self.processor, self.tokenizer = _load(model, *names, device)
+        kind, self.clip = ("Blip2" if is_blip2(model) else "Blip"), clip
+        self.longest = LONGEST[kind]
+        loaded = _load(model, f"{kind}ForConditionalGeneration", "BlipImageProcessor", device)
+        self.model, self.processor, self.tokenizer = loaded
+        self._known: dict[object, str] = {}
 
     def captions(self, images: Sequence[Picture]) -> list[str]:
-        """Greedy captions, of 30 tokens at most."""
-        out = []
-        for batch in (images[i : i + BATCH] for i in range(0, len(images), BATCH)):
-            pixels = self.processor(images=[_rgb(image) for image in batch], return_tensors="pt")["pixel_values"]
-            ids = self.model.generate(pixels.to(self.model.device), do_sample=False, num_beams=1, max_new_tokens=30)
-            texts = self.tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True)  # without BLIP's own start token
-            out += [text.strip() for text in texts]
-        return out
+        """Greedy captions, of `LONGEST` tokens at most. Each is made once, and kept."""
+        images = [_rgb(image) for image in images]
+        keys = [_key(image) for image in images]
+        new = {key: image for key, image in zip(keys, images) if key not in self._known}
+        for i in range(0, len(new), BATCH):
+            batch = dict(list(new.items())[i : i + BATCH])
+            pixels = self.processor(images=list(batch.values()), return_tensors="pt")["pixel_values"]
+            options = {"do_sample": False, "num_beams": 1, "max_new_tokens": self.longest}
+            ids = self.model.generate(pixels.to(self.model.device), **options)
+            texts = self.tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True)  # without its own start token
+            self._known |= zip(batch, [text.strip() for text in texts])
+        return [self._known[key] for key in keys]
+
+    def borne_out(self, image: Picture, instruction: str) -> bool | None:
+        """Whether a caption of the small world is as one of its instructions asks; None for another instruction."""
+        if instruction not in set(world.instructions()):
+            return None
+        (caption,) = self.captions([image])
+        seen = words.said(caption)
+        return seen is not None and words.holds(words.asked(instruction), seen)
 
     def blip_score(self, image: Picture, instruction: str) -> float:
         """Cosine of the picture's caption and the instruction, in [-1, 1]."""
@@ -386,16 +422,20 @@ class Scorers(NamedTuple):
     clip: ClipScorer | None = None
     blip: BlipScorer | None = None
     lpips: LpipsScorer | None = None
+    clip2: ClipScorer | None = None
 
 
 NO_SCORERS = Scorers()
 
 
-def load_scorers(clip: str | None, blip: str | None, lpips: bool, device: str = "cpu") -> Scorers:
-    """clip, blip: a folder in the hub's format or a hub's name; BLIP needs CLIP. Raises BenchError."""
+def load_scorers(
+    clip: str | None, blip: str | None, lpips: bool, clip2: str | None = None, device: str = "cpu"
+) -> Scorers:
+    """clip, blip, clip2: a folder in the hub's format or a hub's name; BLIP needs CLIP. Raises BenchError."""
     scorer = ClipScorer(clip, device) if clip else None
     captioner = BlipScorer(scorer, blip, device) if blip else None
-    return Scorers(scorer, captioner, LpipsScorer(device) if lpips else None)
+    other = ClipScorer(clip2, device) if clip2 else None
+    return Scorers(scorer, captioner, LpipsScorer(device) if lpips else None, other)
 
 
 # ---- one turn, and many
@@ -421,7 +461,7 @@ def measure_turn(edit: Edit, scorers: Scorers = NO_SCORERS) -> dict[str, float |
     the truths is not there; values are None where there is nothing to measure.
     """
     before, after, first, turn = edit.before, edit.after, edit.first, edit.turns[-1]
-    clip, blip, lpips = scorers
+    clip, blip, lpips, clip2 = scorers
     truths = [edit.truth, *(t.truth for t in edit.turns)]
     captions = [edit.caption, *(t.caption for t in edit.turns)][-2:]
     regions = [t.mask if t.region is None else t.region for t in edit.turns]
@@ -445,12 +485,18 @@ def measure_turn(edit: Edit, scorers: Scorers = NO_SCORERS) -> dict[str, float |
         "psnr_first": lambda: psnr(first, after, ever),
         "l1_first": lambda: l1(first, after, ever),
         "clip": lambda: clip.clip_score(after, turn.instruction),
+        "clip2": lambda: clip2.clip_score(after, turn.instruction),
+        "clip_caption": lambda: clip.clip_score(after, turn.caption) if turn.caption else None,
         "blip": lambda: blip.blip_score(after, turn.instruction),
+        "borne_out": lambda: None if None in truths else blip.borne_out(after, turn.instruction),
         "direction": lambda: clip.direction_similarity(before, after, *captions) if all(captions) else None,
         "clip_image": lambda: clip.image_similarity(before, after),
     }
-    needs = {"target": target, "inside": target, "lpips": lpips, "clip": clip, "direction": clip, "blip": blip}
+    needs = {"target": target, "inside": target, "lpips": lpips, "direction": clip, "blip": blip, "borne": blip}
+    needs |= {"clip2": clip2} | dict.fromkeys(("clip_caption", "clip_image"), clip)
     for key, measure in measures.items():
+        if key == "clip" and clip is None:
+            continue
         if all(value is not None for part, value in needs.items() if part in key):
             out[key] = None if after is None else measure()
     return out

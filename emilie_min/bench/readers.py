@@ -180,8 +180,62 @@ def read_edival(source: str | Path) -> Iterator[Item]:
         yield Item(_id(index), picture, turns, meta={"from": "EdiVal", "image_index": index})
 
 
+def read_opa(source: str | Path, split: str = "test") -> Iterator[Item]:
+    """OPA (Liu et al. 2021): pairs of a background and a cut-out object, with boxes that people judged.
+
+    For `emilie insert`, as the paper's Fig. 8 has it. Documented by GracoNet's authors: background/CATEGORY/ID.jpg,
+    foreground/CATEGORY/ID.jpg and beside it mask_ID.jpg, whose ids are unique over categories; train_set.csv and
+    test_set.csv with the columns fg_id, bg_id, position, "[x, y, w, h]" in the background, and label, 1 = reasonable.
+
+    split: "test" or "train". One item a pair, with the reasonable boxes in its meta; their union is the region, without
+    one it is left out. Inferred: that the object's category is its folder's name, of which the instruction is made for
+    methods that need one: "add a dog". Raises BenchError.
+    """
+    source = Path(source)
+    if split not in ("test", "train"):
+        raise BenchError(f"split must be test or train, not {split!r}")
+    table = source / f"{split}_set.csv"
+    files = {which: _by_id(source / which) for which in ("background", "foreground")}
+    found: dict[tuple[str, str], list[list[int]]] = {}
+    for line, row in _rows(table, ("fg_id", "bg_id", "position", "label")):
+        with located(f"{table}:{line}"):
+            pair, label = (row["fg_id"].strip(), row["bg_id"].strip()), row["label"].strip()
+            try:
+                box = ast.literal_eval(row["position"].strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                box = None
+            if fault(box, [int]) or len(box) != 4 or min(box) < 0 or min(box[2:]) < 1:
+                raise ValueError("position must be [x, y, w, h], four whole numbers")
+            if label not in ("0", "1"):
+                raise ValueError(f"label must be 0 or 1, not {quote(label)}")
+            boxes = found.setdefault(pair, [])
+            if label == "1":
+                boxes.append(box)
+            for which, name in zip(("foreground", "background"), pair):
+                if name not in files[which]:
+                    raise ValueError(f"there is no {which}/*/{printable(name, 60)}.jpg: unpack the pictures too")
+    for (fg, bg), boxes in found.items():
+        picture, inset = files["background"][bg], files["foreground"][fg]
+        with located(f"{table}: {fg} on {bg}"):
+            mask = file_in(source, f"foreground/{inset.parent.name}/mask_{fg}.jpg")
+            region = Image.new("L", open_picture(picture).size)
+            for x, y, w, h in boxes:
+                region.paste(255, (x, y, x + w, y + h))
+        category = inset.parent.name.replace("_", " ")
+        text = f"add {'an' if category[0].lower() in 'aeiou' else 'a'} {category}"
+        meta = {"from": "OPA", "kind": "insert", "reasonable": boxes}
+        turn = Turn(text, region=region if boxes and region.getbbox() else None, inset=inset, inset_mask=mask)
+        yield Item(_id(f"{fg}_{bg}"), picture, (turn,), meta=meta)
+
+
+def _by_id(folder: Path) -> dict[str, Path]:
+    """OPA's pictures of all categories, by their names without the ending; masks are left out."""
+    return {path.stem: path for path in sorted(folder.glob("*/*.jpg")) if not path.stem.startswith("mask_")}
+
+
 FORMATS = {
-    "editbench": read_editbench, "magicbrush": read_magicbrush, "piebench": read_piebench, "edival": read_edival
+    "editbench": read_editbench, "magicbrush": read_magicbrush, "piebench": read_piebench, "edival": read_edival,
+    "opa": read_opa,
 }  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from .io import open_picture, read_json
 from .metrics import METRICS, Interval, Metric
 from .page import SMALL, Table, Value, data_uri, escape_markdown, evenly_spaced, render, save, working_mask
 from .run import Run, TurnResult
+from .trust import trust
 
 CHAIN = Metric("whole chain correct", "share", "higher", "every picture of the chain is right, from first to last")
 KNOWN = {"chain": CHAIN} | METRICS  # "chain" of turn k: all pictures up to k are right
@@ -41,7 +42,7 @@ TABLES = {  # title: metrics
     "Right or wrong": ("chain", "correct", "edited", "kept", "retained", "lost"),
     "What is wrong": ("misplaced", "wrong_thing", "unclean"),
     "Pixels": tuple(name for name in METRICS if name.endswith(("_target", "_inside", "_outside", "_first"))),
-    "CLIP and BLIP": ("clip", "blip", "direction", "clip_image"),
+    "CLIP and BLIP": ("clip", "clip2", "blip", "borne_out", "clip_caption", "direction", "clip_image"),
 }
 CURVES = {"turns": ("correct", "chain"), "drift": ("psnr_first", "l1_first", "psnr_target", "psnr_outside")}  # Fig. 2
 BY_TURN = ("correct", "chain", "edited", "kept", "retained", *CURVES["drift"])
@@ -101,19 +102,22 @@ def report(
     lpips: bool = False,
     grids: int = 6,
     device: str = "cpu",
+    clip2: str | None = None,
 ) -> Path:
     """Measure a run and write its report into a folder, RUN/report by default; the page's path.
 
-    clip, blip: model names or folders of `metrics.ClipScorer` and `BlipScorer`; grids: how many chains to show as
-    pictures. Everything is compared with the first method of the run. Raises BenchError.
+    clip, blip: model names or folders of `metrics.ClipScorer` and `BlipScorer`; clip2: another CLIP, for a column
+    beside the first's; grids: how many chains to show as pictures. Everything is compared with the first method of the
+    run. Raises BenchError.
     """
     if blip and not clip:
         raise BenchError("BLIP scores compare texts by CLIP: give a CLIP model too (--clip)")
     out = run.path / "report" if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    scorers = {"clip": clip, "blip": blip, "lpips": lpips}
+    scorers = {"clip": clip, "blip": blip, "lpips": lpips} | ({"clip2": clip2} if clip2 else {})
     results = Results(run, measure(run, scorers, device))
-    sections = [what_was_run(results, scorers), how_good(results), against_the_first(results), by_turn(results)]
+    sections = [what_was_run(results, scorers), how_good(results), against_the_first(results)]
+    sections += [Section(*trust(results.methods, results.rows)), by_turn(results)]
     sections = [section for section in (*sections, pictures(results, grids), timing(results)) if section.parts]
     for part in (part for section in sections for part in section.parts if isinstance(part, Figure)):
         save(out / f"{part.name}.svg", part.svg)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,9 +16,10 @@ from ..faster.deepcache import reuse_deep_features
 from ..faster.dpmpp import sample_dpmpp_2m
 from ..faster.guidance_reuse import reuse_guidance
 from ..faster.interval import guidance_interval
-from ..sampling import Denoise, Scale, Step, get_sigmas, noise_stream, sample_euler_ancestral
-from . import images, regions, session, settings
+from ..sampling import Denoise, Noise, Scale, Step, get_sigmas, noise_stream, sample_euler_ancestral
+from . import images, regions, session, settings, stack
 from .images import Mask
+from .regions import Asked
 from .settings import Settings, as_int
 from .state import State
 
@@ -106,21 +107,25 @@ class Canvas:
         return self.state.latent.clone()
 
     @property
-    def history(self) -> list[State]:
-        """The edits that led to the current picture, first to last."""
+    def stack(self) -> list[State]:
+        """The edits that led to the current picture and those that are hidden, first to last: edit 1, 2, ..."""
         path, state = [], self.state
         while state.parent is not None:
             path.append(state)
             state = self.states[state.parent]
-        return path[::-1]
+        return [state for state in path[::-1] if state.shown is not None]
 
-    def edit(
-        self, instruction: str | Sequence[tuple[str, Mask | None]], mask: Mask | None = None, **changes
-    ) -> Image.Image:
+    @property
+    def history(self) -> list[State]:
+        """The edits that led to the current picture, first to last."""
+        return [state for state in self.stack if state.shown]
+
+    def edit(self, instruction: str | Sequence[tuple], mask: Mask | None = None, **changes) -> Image.Image:
         """Follow an instruction, inside a mask if there is one, and make the result the current state.
 
         instruction: a text, or several as [(text, mask), ...], followed in one pass (n + 2 network branches a step):
         each in its mask, sharing where masks overlap, see `regions.partition`; one mask may be None, everywhere else.
+        A third part, {"text_scale": 1.2}, is what that region sets for itself, of `settings.OWN`.
         mask: picture, array or box, see `images.read_mask`. changes: fields of `Settings`. An edit that fails changes
         nothing. Raises EmilieError.
         """
@@ -128,78 +133,103 @@ class Canvas:
             pass
         return self.image
 
-    def steps(
-        self, instruction: str | Sequence[tuple[str, Mask | None]], mask: Mask | None = None, **changes
-    ) -> Iterator[Step]:
+    def steps(self, instruction: str | Sequence[tuple], mask: Mask | None = None, **changes) -> Iterator[Step]:
         """`edit`, step by step: what is given is checked at once, the state is added after the last step.
 
         Whoever stops in between leaves the canvas as it was.
         """
         settings = Settings(**changes).resolve(self.editor.config.sampling, self.seed)
-        texts, given = regions.read(instruction, mask, settings.allow_empty)
+        asked = self.asked(*regions.read(instruction, mask, settings.allow_empty), settings)
+        depths = [depth if state.depth is None else state.depth for depth, state in enumerate(self.stack)]
+        return self.run(asked, settings, max(depths, default=-1) + 1)
+
+    def asked(self, texts: list[str], given: Sequence[Mask | None], own: list[dict], settings: Settings) -> Asked:
+        """An edit's instructions, masks and regions' own settings, checked. Raises MaskError, InstructionError."""
         masks, shares, union = self.read_regions(given, settings.soft)
         if union is None and settings.keep_background:
             raise MaskError("keep_background needs a mask for every instruction: without one there is no background")
-        self.editor.text.tokenize(texts)
-        return self._steps(texts, masks, shares, union, settings)
+        self.editor.text.tokenize(regions.terms(texts, own, shares, settings)[0])
+        return Asked(texts, masks, own, shares, union)
 
-    def _steps(
-        self,
-        texts: list[str],
-        masks: list[Image.Image | None],
-        shares: Tensor,
-        union: Tensor | None,
-        settings: Settings,
+    def run(
+        self, asked: Asked, settings: Settings, depth: int, within: tuple[Tensor, Tensor] | None = None
     ) -> Iterator[Step]:
-        editor, at, parent, depth = self.editor, self.at, self.state, len(self.history)
+        """An edit of the current state; depth: keys its noise.
+
+        within: a mask and a scaled latent, (1, 1, h, w) and (1, 4, h, w): outside that mask the result is that latent,
+        to the bit, whatever the gate.
+        """
+        editor, at, parent = self.editor, self.at, self.state
+        texts, masks, own, shares, union = asked
         with explain_oom(f"at {parent.image.width}x{parent.image.height} px: lower --resolution"):
             z_img, f = self.image_latent(settings.rescale, settings.iterate)
-            steps = editor.steps(
-                self.denoiser(z_img, texts, shares, union, settings),
-                get_sigmas(settings.steps, editor.alphas_cumprod),
-                self.z_init,
-                noise_stream(tuple(self.z_init.shape), settings.seed, "edit", depth),
-                parent.latent if settings.iterate == "latent" else editor.scale_factor * z_img,
-                union,
-                settings.gate,
-                SAMPLERS[settings.sampler],
-            )
-            for step in steps:
+            source = parent.latent if settings.iterate == "latent" else editor.scale_factor * z_img
+            gated, gate = union, settings.gate
+            if within is not None:
+                here, source = within
+                gated, gate = here if union is None or gate == "guidance" else here * union, "anchor"
+            sigmas, sampler = get_sigmas(settings.steps, editor.alphas_cumprod), SAMPLERS[settings.sampler]
+
+            def noise() -> Noise:
+                seeds = [each.get("seed", settings.seed) for each in own]
+                streams = [noise_stream(tuple(self.z_init.shape), seed, "edit", depth) for seed in seeds]
+                return streams[0] if len(set(seeds)) == 1 else regions.noise_of_each(streams, shares)
+
+            alone = None
+            if len(texts) > 1:
+                where = [y if y is None else y.to(editor.device) for y in (shares, union, source)]
+                alone = regions.as_it_was(*where, sigmas, self.z_init, noise(), sampler)
+            denoise = self.denoiser(z_img, asked, settings, alone)
+            for step in editor.steps(denoise, sigmas, self.z_init, noise(), source, gated, gate, sampler):
                 yield step
             latent = step.x.cpu()
             if (
                 union is not None and settings.keep_background
             ):  # whatever the gate: the next edit starts from what is seen
                 latent = torch.where(union == 0, parent.latent, latent)
-            image = images.from_latent(editor, latent)
-        pixels = None if union is None else reduce(ImageChops.lighter, masks)
-        if settings.keep_background:
-            image = images.paste_back(image, parent.image, pixels, feather=editor.vae.factor // 2)
-        several = list(zip(texts, masks)) if len(texts) > 1 else []
-        self.states.append(State(" + ".join(texts), latent, image, at, pixels, settings.record(), f, several))
+        record = settings.record() | ({"own": own} if any(own) else {})
+        state = State(" + ".join(texts), latent, parent.image, at, None, record, f, depth=depth)
+        state.mask = regions.joined(asked)
+        state.regions = list(zip(texts, masks)) if len(texts) > 1 else []
+        state.image = self.picture(state)
+        self.states.append(state)
         self.at, self.redo_stack = len(self.states) - 1, []
 
-    def denoiser(
-        self, z_img: Tensor, texts: list[str], shares: Tensor, union: Tensor | None, settings: Settings
-    ) -> Denoise:
-        """The method's `Editor.denoise` for one edit, with what the settings attach to it from outside."""
+    def picture(self, state: State) -> Image.Image:
+        """What a state's latent decodes to and, where it keeps its background, its parent's pixels around that."""
+        parent = self.states[state.parent]
+        with explain_oom(f"at {parent.image.width}x{parent.image.height} px: lower --resolution"):
+            image = images.from_latent(self.editor, state.latent)
+        if not state.settings["keep_background"]:
+            return image
+        return images.paste_back(image, parent.image, state.mask, feather=self.editor.vae.factor // 2)
+
+    def denoiser(self, z_img: Tensor, asked: Asked, settings: Settings, alone: regions.Own | None = None) -> Denoise:
+        """The method's `Editor.denoise` for one edit, with what the settings attach to it from outside.
+
+        alone: `regions.as_it_was`, of several instructions.
+        """
         editor = self.editor if settings.reuse == 1 else reuse_deep_features(self.editor, settings.reuse)
-        *conds, null = editor.context([*texts, ""]).split(1)
+        texts, _, own, shares, union = asked
+        z_img, shares = z_img.to(editor.device), shares.to(editor.device)
+        said, weights, whose, *scales = regions.terms(texts, own, shares, settings)
+        *conds, null = editor.context([*said, ""]).split(1)
         if settings.reuse_guidance is not None:
             editor = reuse_guidance(editor, null, round(settings.reuse_guidance * settings.steps))
-        z_img, shares = z_img.to(editor.device), shares.to(editor.device)
 
-        def guided(text_scale: Scale, image_scale: float) -> Denoise:
+        def guided(weights: Tensor, text_scale: Scale, image_scale: Scale) -> Denoise:
             if union is not None and settings.gate == "guidance":
                 text_scale = union.to(editor.device) * text_scale
-            if len(conds) > 1:
-                return regions.denoiser(editor, z_img, conds, null, shares, text_scale, image_scale)
+            if (k := len(weights)) > 1:
+                each = None if alone is None else lambda x, sigma: regions.pick(x, alone(x, sigma), whose[:k])
+                return regions.denoiser(editor, z_img, conds[:k], null, weights, text_scale, image_scale, each)
             return lambda x, sigma: editor.denoise(x, sigma, z_img, conds[0], null, text_scale, image_scale)
 
-        denoise = guided(settings.text_scale, settings.image_scale)
+        denoise = guided(weights, *scales)
         if settings.guidance_interval is not None:
             gated = union is not None and settings.gate == "guidance"
-            outside = guided(1.0, 1.0) if gated else regions.unguided(editor, z_img, conds, shares)
+            only = conds[: len(texts)]
+            outside = guided(shares, 1.0, 1.0) if gated else regions.unguided(editor, z_img, only, shares, alone)
             denoise = guidance_interval(denoise, outside, *settings.guidance_interval)
         return denoise
 
@@ -211,7 +241,7 @@ class Canvas:
         "exact": 1 / scale_factor, which f estimates; "none": 1. iterate="image": E of the current picture, no f.
         """
         editor, z = self.editor, self.state.latent
-        if self.state.parent is None:
+        if not self.history:
             return self.z_img, None  # Line 4: E(I_0)
         if iterate == "image":
             return images.to_latent(editor, self.image).cpu(), None
@@ -261,10 +291,13 @@ class Canvas:
 
     def undo(self) -> Image.Image:
         """Back to the state that the current one was made from. Raises CanvasError at the beginning."""
-        if self.state.parent is None:
+        before = self.state.parent
+        if self.state.made:
+            before = next(i for i, state in enumerate(self.states) if state.id == self.state.made["from"])
+        if before is None:
             raise CanvasError("nothing to undo: this is the picture as it was opened")
         self.redo_stack.append(self.at)
-        self.at = self.state.parent
+        self.at = before
         return self.image
 
     def redo(self) -> Image.Image:
@@ -282,6 +315,40 @@ class Canvas:
         if not isinstance(state, int) or not 0 <= state < len(self.states):
             raise CanvasError(f"no state {state}: this canvas has states 0 to {len(self.states) - 1}")
         self.at, self.redo_stack = state, []
+        return self.image
+
+    def retract(self, k: int, way: str = "support") -> Image.Image:
+        """Take edit k of `stack`, from 1, out and keep the others; the result is a new state, and undo leads back.
+
+        Later edits are made anew only where edit k mattered to them, see `stack`, or with way="replay" in full. Raises
+        CanvasError.
+        """
+        return self.change("retract", k, way=way)
+
+    def hide(self, k: int, way: str = "support") -> Image.Image:
+        """Take edit k out, but keep its place in the stack: `show` brings the same bits back. Raises CanvasError."""
+        return self.change("hide", k, way=way)
+
+    def show(self, k: int, way: str = "support") -> Image.Image:
+        """Put a hidden edit back. Raises CanvasError."""
+        return self.change("show", k, way=way)
+
+    def move(self, k: int, to: int, way: str = "support") -> Image.Image:
+        """Make edit k the `to`-th of the stack. It keeps the noise of its depth. Raises CanvasError."""
+        return self.change("move", k, to, way=way)
+
+    def strength(self, k: int, strength: float, way: str = "support") -> Image.Image:
+        """How much of edit k to keep, from 0 to 1: 0.5 is half way between before and after. Raises CanvasError."""
+        return self.change("strength", k, strength, way=way)
+
+    def revise(self, k: int, instruction: str | Sequence[tuple] | None = None, mask=..., **changes) -> Image.Image:
+        """Make edit k anew with another instruction, mask (None: everywhere) or other settings. Raises EmilieError."""
+        return self.change("revise", k, instruction=instruction, mask=mask, **changes)
+
+    def change(self, name: str, k: int, *more, **settings) -> Image.Image:
+        """One of `stack.CHANGES`, by its name; `stack.change` does it step by step."""
+        for _ in stack.change(self, name, k, *more, **settings):
+            pass
         return self.image
 
     def save(self, path: str | Path) -> None:

@@ -128,6 +128,12 @@ class Photo:
             union = ImageChops.lighter(union, one.point(lambda v: 255 if v >= (1 if soft else 128) else 0))
         return union
 
+    def at_own_size(self, mask: Image.Image) -> Image.Image:
+        """A mask of the working picture as one of the photo."""
+        box, out = self.box, Image.new("L", self.photo.size)
+        out.paste(mask.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.NEAREST), box[:2])
+        return out
+
     @property
     def image(self) -> Image.Image:
         """The current picture at the photo's size."""

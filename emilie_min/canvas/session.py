@@ -34,6 +34,7 @@ from ..emilie import Editor
 from ..errors import CanvasError, first_line, note, printable
 from .images import read_part
 from .pictures import LONGEST, TURNS
+from .regions import own_settings
 from .settings import Settings
 from .state import State
 
@@ -69,6 +70,9 @@ SETTINGS = {  # of the first version; later ones may be missing, and any that is
     "reuse": int,
     "guidance_interval?": [int | float],
     "reuse_guidance?": int | float,
+    "negative?": str,
+    "further?": [list, ...],
+    "own?": [dict],
 }
 RECORD = {  # fields of State, as JSON; those with "?" are written where they are not State's default
     "instruction": Blank,
@@ -76,8 +80,13 @@ RECORD = {  # fields of State, as JSON; those with "?" are written where they ar
     "settings": SETTINGS,
     "f": int | float | None,
     "regions?": [Blank],
+    "depth?": int,
+    "shown?": bool | None,
+    "strength?": int | float,
+    "made?": {"change": str, "edit": int, "way": str, "from": str, "calls": int},
 }
 ROOT = RECORD | {"parent": NoneType, "settings": dict, "f": NoneType}
+DEFAULTS = {field.name: field.default for field in fields(State)}
 PLAIN = [name[:-1] for name in RECORD if name.endswith("?") and name != "regions?"]  # as they stand in a State
 
 
@@ -232,7 +241,7 @@ def _record(state: State, parent: int | None) -> str:
     record = {"instruction": state.instruction, "parent": parent, "settings": state.settings, "f": state.f}
     if state.regions:
         record["regions"] = [text for text, _ in state.regions]
-    return json.dumps(record | {name: getattr(state, name) for name in PLAIN if getattr(state, name) is not None})
+    return json.dumps(record | {name: value for name in PLAIN if (value := getattr(state, name)) != DEFAULTS[name]})
 
 
 def _tensors(state: State) -> dict[str, Tensor]:
@@ -382,6 +391,12 @@ def _state(i: int, row: Row) -> State:
             raise ValueError(f"state {i} has lost its mask")
         known = {field.name for field in fields(Settings)}
         Settings(**{name: value for name, value in record["settings"].items() if name in known})  # or SamplingError
+        if (own := record["settings"].get("own")) is not None and len(own) != max(1, len(texts)):
+            raise ValueError(f"state {i} has settings of regions that it does not have")
+        for each in own or []:
+            own_settings(each)  # or InstructionError, SamplingError
+        if not 0 <= record.get("strength", 1) <= 1:
+            raise ValueError(f"state {i} has a strength of {quote(record['strength'])}")
     plain = {name: record[name] for name in ("instruction", "parent", "settings", "f", *PLAIN) if name in record}
     return State(latent=tensors["latent"], image=pictures["image"], mask=pictures.get("mask"), regions=regions,
                  id=row.id, **plain)  # fmt: skip
@@ -391,6 +406,9 @@ def _check(about: dict, states: list[State]) -> None:
     """What holds of a canvas as a whole. Raises ValueError."""
     if any(not 0 <= state.parent < i for i, state in enumerate(states[1:], 1)):
         raise ValueError("its tree of edits is damaged")
+    ids = [state.id for state in states]
+    if any(state.made and state.made["from"] not in ids[:i] for i, state in enumerate(states)):
+        raise ValueError("a change of its stack is from a state that it does not hold")
     undone = about["undone"]
     if any(not 0 <= i < len(states) for i in [about["at"], *undone]) or len(set(undone)) < len(undone):
         raise ValueError("it names a state that it does not hold, or one twice")

@@ -11,6 +11,7 @@ from ..errors import SamplingError
 RESCALES = ("paper", "signed", "exact", "none")  # how f is found: see `Canvas.image_latent`
 ITERATES = ("latent", "image")  # what the next edit starts from
 SAMPLERS = ("euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde")
+OWN = ("text_scale", "image_scale", "negative", "seed")  # what a region of several can set for itself
 CHOICES = {"gate": GATES, "rescale": RESCALES, "iterate": ITERATES, "sampler": SAMPLERS}
 
 
@@ -26,7 +27,8 @@ class Settings:
     less, off by default: sampler, see `faster.dpmpp`; guidance_interval, (low, high) noise levels between which to
     guide, see `faster.interval`; reuse: run the UNet's deep layers at every n-th step only, see `faster.deepcache`;
     reuse_guidance: the part of the steps, 0 to 1, after which guidance is found anew at some only, None = at all, see
-    `faster.guidance_reuse`.
+    `faster.guidance_reuse`. negative: what not to do, an instruction whose energy is subtracted; further: instructions
+    with weights, (text, weight) each, as multiples of text_scale: negative is one of weight -1.
     """
 
     steps: int | None = None
@@ -43,6 +45,8 @@ class Settings:
     guidance_interval: tuple[float, float] | None = None
     reuse: int = 1
     reuse_guidance: float | None = None
+    negative: str | None = None
+    further: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -62,6 +66,9 @@ class Settings:
             self._set("guidance_interval", as_interval(self.guidance_interval))
         if self.reuse_guidance is not None:
             self._set("reuse_guidance", as_part(self.reuse_guidance, "reuse_guidance"))
+        if self.negative is not None:
+            self._set("negative", as_further([(self.negative, -1)], "negative")[0][0])
+        self._set("further", as_further(self.further, "further"))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # what is frozen is set once, here
@@ -73,6 +80,10 @@ class Settings:
             name: value for name, value in (given | {"seed": seed}).items() if getattr(self, name) is None
         }
         return replace(self, **missing)
+
+    def weighted(self) -> list[tuple[str, float]]:
+        """What guidance adds beside the instruction, with weights."""
+        return [*([(self.negative, -1.0)] if self.negative else []), *self.further]
 
     def record(self) -> dict[str, Any]:
         """What a state keeps of them."""
@@ -108,6 +119,17 @@ def as_part(value: object, name: str) -> float:
     if not 0 <= number <= 1:
         raise SamplingError(f"{name} is a part of the steps, from 0 to 1, not {number:g}")
     return number
+
+
+def as_further(value: object, name: str) -> tuple[tuple[str, float], ...]:
+    """Instructions with weights. Raises SamplingError."""
+    try:
+        pairs = [(text, weight) for text, weight in value]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise SamplingError(f"{name} is instructions with weights, [(text, weight), ...], not {value!r}") from None
+    if not all(isinstance(text, str) and text.strip() for text, _ in pairs):
+        raise SamplingError(f"{name}: say what, an instruction is a text and not empty")
+    return tuple((text, as_finite(weight, f"{name}: a weight")) for text, weight in pairs)
 
 
 def as_interval(value: object) -> tuple[float, float]:

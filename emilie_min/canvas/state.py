@@ -19,4 +19,8 @@ class State:
     settings: dict = field(default_factory=dict)
     f: float | None = None  # the factor with which the parent's latent became z_img; None: z_img was encoded
     regions: list[tuple[str, Image.Image | None]] = field(default_factory=list)  # several instructions and their masks
+    depth: int | None = None  # that its noise is drawn for, an edit's own for good; None: its place in the history
+    shown: bool | None = True  # False: hidden, so the latent is the parent's; None: no edit, the opened picture again
+    strength: float = 1.0  # how far from the parent's latent to the edit's own
+    made: dict | None = None  # by a change of the stack: which, from the state of which id, in how many network calls
     id: str = field(default_factory=lambda: uuid.uuid4().hex)  # by which files tell it from every other

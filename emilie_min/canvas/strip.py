@@ -53,6 +53,24 @@ def strip(cells: list[tuple[Image.Image, str, Image.Image | None]], height: int 
     return out
 
 
+def sheet(
+    title: str, cells: list[tuple[Image.Image, str, Image.Image | None]], columns: int, first: Image.Image
+) -> Image.Image:
+    """A contact sheet: a title, the first picture, and rows of `columns` cells, see `strip`."""
+    rows = [[(first, "input", None)], *(cells[i : i + columns] for i in range(0, len(cells), columns))]
+    strips = [strip(row, height=192) for row in rows]
+    font = font_for(title, 18)
+    head = sum(font.getmetrics()) + 16
+    width = max(max(row.width for row in strips), round(font.getlength(title)) + 24)
+    out = Image.new("RGB", (width, head + sum(row.height for row in strips)), PAPER)
+    ImageDraw.Draw(out).text((12, 8), title, fill=INK, font=font)
+    y = head
+    for row in strips:
+        out.paste(row, (0, y))
+        y += row.height
+    return out
+
+
 def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
     """Pillow's own font or, where that lacks a character, the first one here with all, or with most, which is told."""
     best = ImageFont.load_default(size=size)

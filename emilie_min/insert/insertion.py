@@ -9,15 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw
 
-from ..canvas import images
 from ..canvas.canvas import Canvas
-from ..canvas.pictures import Picture, open_picture
+from ..canvas.insets import Inset, read_inset
+from ..canvas.pictures import Picture
 from ..canvas.strip import INK, OUTLINE, PAPER, enlarge
 from ..emilie import Editor
-from ..errors import CanvasError, ImageError, InstructionError, MaskError, note, printable
+from ..errors import CanvasError, InstructionError, note, printable
 from ..loading import shipped
 from ..sampling import Step
 from ..toy import judge, world
@@ -26,49 +25,8 @@ from .caption import RELEASED, Captioner
 from .graconet import Box
 
 FORMATS = ("add {caption}", "add {caption} at the {place}")  # for any model; for the small one, which was taught places
-LEAST = 4  # px: an inset's shortest side
 MOST = 64  # proposals
 RIM = 0.15  # of a box's longer side, added all around it
-
-
-@dataclass(frozen=True)
-class Inset:
-    """A picture of an object: `seen` on white, as networks see it; `pixels`, with colour under soft edges; mask "L"."""
-
-    seen: Image.Image
-    pixels: Image.Image
-    mask: Image.Image
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.seen.size
-
-
-def read_inset(inset: Picture, mask: Picture | None = None) -> Inset:
-    """A picture with its mask: the one given, of the same size, or its alpha channel, or else its whole rectangle.
-
-    Raises ImageError, MaskError.
-    """
-    image = open_picture(inset)
-    if min(image.size) < LEAST:
-        raise ImageError(f"an inset of {image.width}x{image.height} px shows nothing: {LEAST} px a side at least")
-    own = image.getchannel("A") if image.mode == "RGBA" else Image.new("L", image.size, 255)
-    if not own.getbbox():
-        raise ImageError("the inset is transparent everywhere: there is no object in it")
-    seen, pixels = image.convert("RGB"), image.convert("RGB")
-    if image.mode == "RGBA":
-        seen = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        colours, shown = np.array(pixels), np.asarray(own) > 0
-        colours[~shown] = (
-            colours[shown].mean(0).round()
-        )  # what lies under alpha 0 is anything, and resizing blends it in
-        pixels = Image.fromarray(colours)
-    if mask is not None:
-        try:
-            own = images.read_mask(mask, image.size, image.size, soft=True)
-        except MaskError as error:
-            raise MaskError(f"--inset-mask: {error}") from error
-    return Inset(seen, pixels, own)
 
 
 @dataclass(frozen=True)

@@ -146,30 +146,39 @@ def nothing(editor: Editor, scenes: int) -> dict:
     }
 
 
-def two_places(seed: int, first: str, second: str) -> tuple[world.Scene, world.Scene, list[tuple]]:
-    """A scene, what two local instructions of the given kinds on two places make of it, and both with their masks.
+def places(seed: int, *kinds: str) -> tuple[world.Scene, world.Scene, list[tuple]]:
+    """A scene, what local instructions of these kinds, each on a place of its own, make of it, and they with masks.
 
     Two adds need two free places and two removals three objects, which not every scene has.
     """
-    scene = world.scene(seed)
-    text, after, mask = world.instruct(scene, f"{seed} 0", first)
-    tries = (world.instruct(after, f"{seed} {k}", second) for k in itertools.count(1))
-    other, both, there = next(found for found in tries if found[2].getbbox() != mask.getbbox())
-    return scene, both, [(text, mask), (other, there)]
+    scene = after = world.scene(seed)
+    pairs: list[tuple] = []
+    for i, kind in enumerate(kinds):
+        tries = (world.instruct(after, f"{seed} {k}", kind) for k in (itertools.count(1) if i else [0]))
+        taken = [mask.getbbox() for _, mask in pairs]
+        text, after, mask = next(found for found in tries if found[2].getbbox() not in taken)
+        pairs.append((text, mask))
+    return scene, after, pairs
+
+
+PAIRS = [(a, b) for a in LOCAL for b in LOCAL if (a, b) not in (("add", "add"), ("remove", "remove"))]
+TRIPLES = [  # that every scene allows: two objects at least, one free place at least
+    (*two[:k], "add", *two[k:]) for two in itertools.product(("recolour", "shape"), repeat=2) for k in range(3)
+]
 
 
 def regions(editor: Editor, scenes: int) -> dict:
-    """Two local edits in their masks, in one pass and in turn: the share of whole pictures right."""
-    kinds = [(a, b) for a in LOCAL for b in LOCAL if (a, b) not in (("add", "add"), ("remove", "remove"))]
+    """Two and three local edits in their masks, in one pass and in turn: the share of whole pictures right."""
     right = defaultdict(list)
-    for i in tqdm(range(scenes), desc="two regions, in one pass and in turn"):
-        scene, after, pairs = two_places(FIRST + i, *kinds[i % len(kinds)])
-        canvas = open(world.render(scene), editor, seed=i)
-        for way, passes in (("one pass", [pairs]), ("in turn", [[pair] for pair in pairs])):
-            canvas.branch(0)
-            for several in passes:
-                canvas.edit(several)
-            right[way].append(judge(canvas.image, after).correct)
+    for i in tqdm(range(scenes), desc="two and three regions, in one pass and in turn"):
+        for name, kinds in (("", PAIRS), (", three", TRIPLES)):
+            scene, after, pairs = places(FIRST + i, *kinds[i % len(kinds)])
+            canvas = open(world.render(scene), editor, seed=i)
+            for way, passes in (("one pass", [pairs]), ("in turn", [[pair] for pair in pairs])):
+                canvas.branch(0)
+                for several in passes:
+                    canvas.edit(several)
+                right[way + name].append(judge(canvas.image, after).correct)
     return {"scenes": scenes, **{way: mean(outcomes) for way, outcomes in right.items()}}
 
 

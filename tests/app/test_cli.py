@@ -124,7 +124,10 @@ OPTIONS = {
     "guidance_interval": (0.5, 9.0),
     "reuse": 3,
     "reuse_guidance": 0.5,
+    "negative": "make it night",
+    "further": (("make it day", 0.5), ("turn it into a comic", -1.0)),
 }
+WRITTEN = {"further": "0.5:make it day; -1:turn it into a comic"}
 
 
 def test_every_setting_is_an_option():
@@ -135,7 +138,8 @@ def test_every_setting_is_an_option():
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_reaches_the_edit(name, photo, editor, capsys):
     value = OPTIONS[name]
-    text = [] if value is True else [",".join(map(str, value)) if isinstance(value, tuple) else value]
+    text = WRITTEN.get(name, ",".join(map(str, value)) if isinstance(value, tuple) else value)
+    text = [] if value is True else [text]
     box = ["--box", "1=0,0,32,64"]
     code, _, err = run(
         "edit", photo, "make it night", *box, *MODEL, "--" + name.replace("_", "-"), *text, capsys=capsys
@@ -143,8 +147,8 @@ def test_an_option_reaches_the_edit(name, photo, editor, capsys):
     assert code == 0 and not err
     canvas = emilie.open("out/photo.canvas", editor)
     written = {"steps": 1, "seed": 0, "text_scale": 1.0, "image_scale": 1.0} | {name: value}
-    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in canvas.state.settings.items()}
-    assert settings == {key: written.get(key, getattr(Settings(), key)) for key in settings}
+    settings = vars(Settings(**canvas.state.settings))
+    assert settings == vars(Settings(**written))
     assert canvas.seed == written["seed"]
 
 

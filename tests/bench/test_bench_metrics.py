@@ -560,8 +560,11 @@ def test_a_turn_is_measured_against_each_of_its_pictures(clip, blip):
     masks = [world.mask("top left"), world.mask("top right")]
     captions = "a red star", "a blue star"
     turns = turns_of(masks, truths, ["make it night"], captions)
-    out = measure_turn(Edit(before, after, first, turns, "at first", START), Scorers(clip, blip))
+    scorers = Scorers(clip, blip, clip2=clip)
+    out = measure_turn(Edit(before, after, first, turns, "at first", START), scorers)
     assert list(out) == [key for key in METRICS if key != "lpips_outside"]
+    assert out["clip2"] == out["clip"] and out["clip_caption"] == clip.clip_score(after, "a blue star")
+    assert out["borne_out"] is False  # BLIP's words are none of the world's here
     assert out["correct"] and out["edited"] and out["kept"] and out["retained"] == 1 and out["lost"] == 0
     assert out["l1_outside"] == l1(before, after, masks[1]) == pytest.approx((4 + 64) / 3072)
     assert out["psnr_outside"] == psnr(before, after, masks[1]) and out["ssim_outside"] == ssim(before, after, masks[1])
@@ -574,7 +577,7 @@ def test_a_turn_is_measured_against_each_of_its_pictures(clip, blip):
     assert out["direction"] == clip.direction_similarity(before, after, *captions)
     assert out["blip"] == blip.blip_score(after, "make it night")
     masked = [replace(turn, region=None, mask=turn.region) for turn in turns]  # without a region the mask counts
-    assert measure_turn(Edit(before, after, first, masked, "at first", START), Scorers(clip, blip)) == out
+    assert measure_turn(Edit(before, after, first, masked, "at first", START), scorers) == out
 
 
 def test_keys_are_absent_without_their_means_and_none_where_nothing_lies_outside(clip):
@@ -583,9 +586,8 @@ def test_keys_are_absent_without_their_means_and_none_where_nothing_lies_outside
     assert measure_turn(Edit(a, b, a, turns_of())) == dict.fromkeys(plain)
     assert measure_turn(Edit(a, b, a, turns_of(), None, START)) == dict.fromkeys(plain)
     out = measure_turn(Edit(a, b, a, turns_of([None, box(0, 0, 9, 9)], [None] * 3, target=c)), Scorers(clip))
-    assert (
-        set(out) == plain | {"psnr_target", "l1_target", "psnr_inside", "clip", "clip_image", "direction"} <= {*METRICS}
-    )
+    by_clip = {"clip", "clip_image", "clip_caption", "direction"}
+    assert set(out) == plain | {"psnr_target", "l1_target", "psnr_inside"} | by_clip <= {*METRICS}
     assert out["psnr_first"] is None and out["psnr_outside"] == psnr(a, b, box(0, 0, 9, 9))
     assert out["direction"] is None and out["l1_target"] == l1(c, b)
     one = turns_of([None], [START, START], captions=(None, "a blue star"), target=c)

@@ -10,8 +10,9 @@ from torch import nn
 
 import emilie_min as emilie
 from emilie_min.canvas import regions
+from emilie_min.canvas.settings import Settings
 from emilie_min.config import GATES
-from emilie_min.errors import InstructionError, MaskError
+from emilie_min.errors import InstructionError, MaskError, SamplingError
 from emilie_min.sampling import get_sigmas
 from emilie_min.toy import world
 
@@ -169,6 +170,45 @@ def test_regions_apart_come_out_as_each_does_alone(pointwise, gate):
     assert not torch.allclose(both[..., LEFT_CELLS], comic[..., LEFT_CELLS], atol=1e-2)
 
 
+def test_each_region_sees_the_others_as_they_were(editor):
+    """So with a network that looks everywhere, too, regions apart come out as each does alone."""
+    plain = {"text_scale": 1.0, "image_scale": 1.0}
+    both = latent_of(editor, [(NIGHT, LEFT), (COMIC, RIGHT)], **plain)
+    night, comic = latent_of(editor, NIGHT, LEFT, **plain), latent_of(editor, COMIC, RIGHT, **plain)
+    assert torch.allclose(both[..., LEFT_CELLS], night[..., LEFT_CELLS], rtol=1e-3, atol=1e-3)
+    assert torch.allclose(both[..., RIGHT_CELLS], comic[..., RIGHT_CELLS], rtol=1e-3, atol=1e-3)
+
+
+def test_a_region_has_settings_of_its_own(pointwise):
+    own = {"text_scale": 2.0, "image_scale": 0.5, "seed": 9, "negative": DAY}
+    both = latent_of(pointwise, [(NIGHT, LEFT, own), (COMIC, RIGHT)])
+    night, comic = latent_of(pointwise, NIGHT, LEFT, **own), latent_of(pointwise, COMIC, RIGHT)
+    assert torch.allclose(both[..., LEFT_CELLS], night[..., LEFT_CELLS], atol=1e-4)
+    assert torch.allclose(both[..., RIGHT_CELLS], comic[..., RIGHT_CELLS], atol=1e-4)
+    for wrong in ({"steps": 3}, {"text_scale": "much"}, {"negative": " "}, 3):
+        with pytest.raises((InstructionError, SamplingError)):
+            latent_of(pointwise, [(NIGHT, LEFT, wrong), (COMIC, RIGHT)])
+
+
+@torch.no_grad()
+def test_a_negative_is_subtracted_and_further_ones_weigh(editor):
+    """What several energies move is the weighted sum of what each moves alone."""
+    canvas = open_canvas(editor)
+    x, settings = canvas.z_init * 2, {"steps": 1, "text_scale": 3.0, "image_scale": 1.5}
+
+    def move(**more):
+        told = Settings(**settings, **more).resolve(editor.config.sampling, 5)
+        asked = canvas.asked([NIGHT], [None], [{}], told)
+        return canvas.denoiser(canvas.z_img, asked, told)(x, 2.0)
+
+    *texts, null = editor.context([DAY, COMIC, ""]).split(1)
+    a, b, null = (editor.denoise(x, 2.0, canvas.z_img, c, null, 3.0, 1.5) for c in (*texts, null))
+    plain = move()
+    assert torch.allclose(move(negative=DAY), plain - (a - null), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(move(further=[(DAY, 0.5), (COMIC, -2)]), plain + 0.5 * (a - null) - 2 * (b - null), atol=1e-2)
+    assert (a - null).abs().max() > 0.05
+
+
 def test_outside_all_regions_the_anchor_keeps_the_latent_to_the_bit(canvas):
     source = canvas.latent
     for each in ([(NIGHT, LEFT), (DAY, RIGHT)], [(COMIC, RIGHT), (NIGHT, LEFT)]):
@@ -179,11 +219,11 @@ def test_outside_all_regions_the_anchor_keeps_the_latent_to_the_bit(canvas):
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_one_instruction_in_every_region_is_that_instruction_in_their_union(editor, gate):
+def test_one_instruction_in_every_region_is_that_instruction_in_their_union(pointwise, gate):
     grey = area(16, 0, 48, 64, 120)
-    regions = latent_of(editor, [(NIGHT, LEFT), (NIGHT, grey)], soft=True, gate=gate)
+    regions = latent_of(pointwise, [(NIGHT, LEFT), (NIGHT, grey)], soft=True, gate=gate)
     union = Image.fromarray(np.maximum(LEFT, grey))
-    assert torch.allclose(regions, latent_of(editor, NIGHT, union, soft=True, gate=gate), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(regions, latent_of(pointwise, NIGHT, union, soft=True, gate=gate), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -253,7 +293,7 @@ def test_what_is_no_instruction(instruction, mask, error):
 
 
 def test_an_empty_instruction_where_it_is_allowed(canvas):
-    assert regions.read("", None, allow_empty=True) == ([""], [None])
+    assert regions.read("", None, allow_empty=True) == ([""], [None], [{}])
     canvas.edit("", allow_empty=True, **FAST)
     assert canvas.state.instruction == ""
 

@@ -1,0 +1,291 @@
+"""The stack: take back, hide, change or move any edit of a canvas, and keep the others.
+
+What an edit does depends on the picture that it finds, so without edit k the later ones have to be made anew. But most
+of them never saw it. Where an edit left the latent another than it found it, see `support`, it changed something: E. A
+later edit is looked at as it was, from a to b; now it finds a', which other edits led to. Where those did is S.
+
+- No such edit: b, to the bit.
+- S and E apart: b, and a' in S. No network call.
+- Else the edit is made once more, within S and E, and held to that outside.
+
+So outside S every bit of b stays. Noise is keyed by an edit's seed and by its depth, which it keeps wherever it moves.
+A stack that was there before is taken from the tree: hidden and shown again gives the same bits.
+"""
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import CanvasError
+from ..sampling import Step
+from . import regions
+from .images import Mask
+from .regions import Asked
+from .settings import Settings, as_finite
+from .state import State
+
+APART, REACH = 0.35, 1  # how far a scaled latent, of unit variance, is another; cells around that count too
+WAYS = ("support", "replay")  # to make later edits anew: as above, or each in full
+CHANGES = ("retract", "hide", "show", "move", "strength", "revise")
+
+Made = Generator[Step, None, State]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An edit as it is asked for, whatever it is made on."""
+
+    texts: tuple[str, ...]
+    masks: tuple[Image.Image | None, ...]  # at working size
+    settings: dict  # of `State.settings`
+    depth: int
+    shown: bool = True
+    strength: float = 1.0
+
+    @staticmethod
+    def of(state: State, depth: int) -> "Layer":
+        texts, masks = zip(*(state.regions or [(state.instruction, state.mask)]))
+        depth = depth if state.depth is None else state.depth
+        return Layer(texts, masks, state.settings, depth, bool(state.shown), state.strength)
+
+    @cached_property
+    def key(self) -> tuple:
+        """What its result depends on, besides its input."""
+        masks = tuple(None if mask is None else mask.tobytes() for mask in self.masks)
+        told = Settings(**{name: value for name, value in self.settings.items() if name != "own"}, allow_empty=True)
+        own = [sorted(own.items()) for own in self.settings.get("own", [])]
+        return self.texts, masks, repr(told), repr(own), self.depth, self.shown, self.strength
+
+    def asked(self, canvas) -> tuple[Asked, Settings]:
+        record = dict(self.settings)
+        own = record.pop("own", [{} for _ in self.texts])
+        settings = Settings(**record, allow_empty=True)
+        return canvas.asked(list(self.texts), self.masks, own, settings), settings
+
+
+@dataclass
+class Walk:
+    """From the opened picture through the edits that are wanted, making what no state of the tree holds yet."""
+
+    canvas: object
+    way: str
+    calls: int = 0  # of the network, each of all branches at one noise level
+    remade: Tensor | None = None  # where the network worked, (1, 1, h, w)
+
+    def __post_init__(self) -> None:
+        self.states, self.layers = list(self.canvas.states), {}
+        self.recipe = {0: ()}  # of a state: the keys of the edits that it shows
+        self.nodes: dict[tuple, int] = {}  # the number of a state by its parent's and its edit's key
+        self.made: dict[tuple, int] = {}  # by its recipe, the first of such
+        for i in range(1, len(self.states)):
+            self.enter(i)
+        self.today = {layer.depth: (layer, state) for layer, state in zip(layers(self.canvas), self.canvas.stack)}
+
+    def enter(self, i: int) -> None:
+        """Know state i, which is there."""
+        state, number, above = self.states[i], 0, self.states[i].parent
+        while above:
+            number, above = number + (above in self.layers), self.states[above].parent
+        if state.shown is None:
+            self.recipe[i] = ()
+            return
+        layer = self.layers[i] = Layer.of(state, number)
+        self.recipe[i] = self.recipe[state.parent] + ((layer.key,) if layer.shown else ())
+        self.nodes.setdefault((state.parent, layer.key), i)
+        self.made.setdefault(self.recipe[i], i)
+
+    def through(self, wanted: list[Layer]) -> Generator[Step, None, int]:
+        """The number of the state at which they end; all new ones are appended to `states`."""
+        at = 0
+        for layer in wanted:
+            number = self.nodes.get((at, layer.key))
+            if number is None:
+                state = yield from self.make(layer, at)
+                number = len(self.states)
+                self.states.append(state)
+                self.enter(number)
+            at = number
+        return at
+
+    def make(self, layer: Layer, at: int) -> Made:
+        """One edit on a state: from the tree, from what it was before, or by the network."""
+        parent = self.states[at]
+        several = list(zip(layer.texts, layer.masks)) if len(layer.texts) > 1 else []
+        state = State(" + ".join(layer.texts), parent.latent, parent.image, at, None, layer.settings, None, several)
+        state.depth, state.shown, state.strength = layer.depth, layer.shown, layer.strength
+        asked, settings = layer.asked(self.canvas)
+        state.mask = regions.joined(asked)
+        if not layer.shown:
+            return state
+        if (known := self.made.get((*self.recipe[at], layer.key))) is not None:
+            return replace(
+                state, latent=self.states[known].latent, image=self.states[known].image, f=self.states[known].f
+            )
+        if layer.strength != 1:
+            whole = replace(layer, strength=1.0)
+            known = self.made.get((*self.recipe[at], whole.key))
+            if known is None:
+                known = len(self.states)
+                self.states.append((yield from self.make(whole, at)))
+                self.enter(known)
+            full = self.states[known]
+            changed = support(parent.latent, full.latent)[1]
+            state.f, state.latent = full.f, parent.latent.lerp(full.latent, layer.strength)
+        else:
+            yield from self.again(state, layer, asked, settings)
+            changed = support(parent.latent, state.latent)[1]
+        before, today = self.today.get(layer.depth, (None, None))
+        if before is not None and before.shown and before.key != layer.key and self.way == "support":
+            changed |= support(self.states[today.parent].latent, today.latent)[1]  # this edit itself is another now
+            state.latent = torch.where(changed, state.latent, today.latent)
+        state.image = self.canvas_at(at).picture(state)
+        return state
+
+    def again(self, state: State, layer: Layer, asked: Asked, settings: Settings) -> Iterator[Step]:
+        """Give `state` its latent."""
+        pair, within = self.pair(layer) if self.way == "support" and settings.gate != "eq8" else None, None
+        if pair is not None:
+            a, b = self.states[self.states[pair].parent], self.states[pair]
+            others = {*self.recipe[b.parent]} ^ {*self.recipe[state.parent]}
+            if not others:
+                state.latent, state.f = b.latent, b.f
+                return
+            parent, edges = self.states[state.parent].latent, [self.changed(key) for key in others]
+            core, where = (torch.stack(part).any(0) for part in zip(*edges))
+            mine, reach = support(a.latent, b.latent)
+            state.latent, state.f = torch.where(where & ~mine, parent, b.latent), b.f
+            if not (core & reach | where & mine).any():
+                return
+            within = (where & reach).float(), torch.where(where, parent, b.latent)
+        scratch = self.canvas_at(state.parent)
+        for step in scratch.run(asked, settings, layer.depth, within):
+            self.calls += step.sigma > 0
+            yield step
+        state.latent, state.f = scratch.state.latent, scratch.state.f
+        where = torch.ones_like(state.latent[:, :1]) > 0 if within is None else within[0] > 0
+        self.remade = where if self.remade is None else self.remade | where
+
+    def pair(self, layer: Layer) -> int | None:
+        """A state that this edit led to: today's, else the last; None: it was never made."""
+        mine = [i for i, other in self.layers.items() if other.key == layer.key]
+        _, today = self.today.get(layer.depth, (None, None))
+        return next((i for i in mine if self.states[i] is today), max(mine, default=None))
+
+    def changed(self, key: tuple) -> tuple[Tensor, Tensor]:
+        """Where the edit of this key changed something, at its full strength, see `support`."""
+        whole = (*key[:-1], 1.0)
+        i = max(i for i, layer in self.layers.items() if layer.key == whole)
+        return support(self.states[self.states[i].parent].latent, self.states[i].latent)
+
+    def canvas_at(self, at: int):
+        """A canvas of its own at a state, to edit there."""
+        return replace(self.canvas, states=list(self.states), at=at, redo_stack=[])
+
+
+def support(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Where two scaled latents are apart, and the same with the cells around, (1, 1, h, w) of bool both.
+
+    By more than `APART` in a channel, or than a quarter of where they are apart the most if that is less; never where
+    they are equal to the bit, as a mask keeps them.
+    """
+    apart = (a - b).abs().amax(1, keepdim=True)
+    far = apart > min(APART, apart.max().item() / 4)
+    return far, (F.max_pool2d(far.float(), 2 * REACH + 1, 1, REACH) > 0) & (apart > 0)
+
+
+def layers(canvas) -> list[Layer]:
+    return [Layer.of(state, depth) for depth, state in enumerate(canvas.stack)]
+
+
+def wanted(canvas, change: str, k: int, *more, **revised) -> list[Layer]:
+    """The stack after a change. Raises CanvasError and what an edit raises."""
+    edits = layers(canvas)
+    if change not in CHANGES:
+        raise CanvasError(f"no change {change!r} of the stack: choose from {', '.join(CHANGES)}")
+    at = place(k, len(edits))
+    one = edits[at]
+    if change == "retract":
+        del edits[at]
+    elif change in ("hide", "show"):
+        if one.shown == (change == "show"):
+            raise CanvasError(f"edit {k} is {'shown' if one.shown else 'hidden'} already")
+        edits[at] = replace(one, shown=not one.shown)
+    elif change == "move":
+        edits.insert(place(*more, len(edits)), edits.pop(at))
+    elif change == "strength":
+        (strength,) = more
+        if not 0 <= (strength := as_finite(strength, "strength")) <= 1:
+            raise CanvasError(f"strength is from 0, as before the edit, to 1, all of it, not {strength:g}")
+        edits[at] = replace(one, strength=strength)
+    else:
+        edits[at] = revise(canvas, one, **revised)
+    return edits
+
+
+def place(k: object, n: int) -> int:
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
+        raise CanvasError(f"no edit {k}: " + (f"the stack has edits 1 to {n}" if n else "the stack has none"))
+    return k - 1
+
+
+def revise(
+    canvas,
+    layer: Layer,
+    instruction: object = None,
+    mask: Mask | None = ...,
+    **changes,  # type: ignore[assignment]
+) -> Layer:
+    """An edit with another instruction, mask (None: everywhere; ... : as it was) or other settings."""
+    record = dict(layer.settings)
+    own = record.pop("own", [])
+    settings = Settings(**record | {"allow_empty": True} | changes).resolve(canvas.editor.config.sampling, canvas.seed)
+    if instruction is None and mask is ...:
+        texts, masks = layer.texts, layer.masks
+    else:
+        if instruction is None or isinstance(instruction, str):
+            if len(layer.texts) > 1:
+                raise CanvasError("this edit has several instructions: give all of them, [(instruction, mask), ...]")
+            instruction = [
+                (layer.texts[0] if instruction is None else instruction, layer.masks[0] if mask is ... else mask)
+            ]
+            mask = None
+        texts, given, own = regions.read(instruction, None if mask is ... else mask, False)
+        masks = canvas.asked(texts, given, own, settings).masks
+    return replace(
+        layer, texts=tuple(texts), masks=tuple(masks), settings=settings.record() | ({"own": own} if any(own) else {})
+    )
+
+
+def change(canvas, name: str, k: int, *more, way: str = "support", **revised) -> Iterator[Step]:
+    """A change of the stack, step by step: what is given is checked at once, the states are added after the last step.
+
+    The last new state is the result, and its `made` says how it came to be. Whoever stops in between leaves the canvas
+    as it was.
+    """
+    if way not in WAYS:
+        raise CanvasError(f"no way {way!r}: choose from {', '.join(WAYS)}")
+    edits = wanted(canvas, name, k, *more, **revised)
+    return _change(canvas, Walk(canvas, way), edits, {"change": name, "edit": k, "way": way})
+
+
+def _change(canvas, walk: Walk, edits: list[Layer], made: dict) -> Iterator[Step]:
+    end = yield from walk.through(edits)
+    states = walk.states
+    if made["change"] == "move" and walk.made[walk.recipe[end]] == end >= len(
+        canvas.states
+    ):  # all that was shown still is
+        where, result = walk.remade, states[end]
+        result.latent = canvas.state.latent if where is None else torch.where(where, result.latent, canvas.state.latent)
+        result.image = canvas.image if where is None else walk.canvas_at(end).picture(result)
+    if end < len(canvas.states):  # it was there before: its like, so that undo leads back from it
+        settings = Settings().resolve(canvas.editor.config.sampling, canvas.seed).record()
+        root = State("", states[0].latent, states[0].image, 0, settings=settings, shown=None)
+        states.append(replace(states[end], id=root.id) if end else root)
+    states[-1].made = made | {"from": canvas.state.id, "calls": walk.calls}
+    canvas.states, canvas.redo_stack = states, []
+    canvas.at = len(states) - 1

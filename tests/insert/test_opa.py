@@ -1,0 +1,83 @@
+"""OPA's folder becomes a benchmark with insets, and `emilie insert` over it a grid."""
+
+import csv
+
+import numpy as np
+import pytest
+from command import run
+from PIL import Image
+
+from emilie_min.bench import data
+from emilie_min.bench.readers import import_
+from emilie_min.errors import BenchError
+from emilie_min.insert import pairs
+
+COLUMNS = ("annID", "fg_id", "bg_id", "position", "scale", "label", "img_name", "mask_name")
+ROWS = (("1", "11", "21", "[32, 32, 30, 30]", "0.5", "1"), ("2", "11", "21", "[1, 2, 30, 30]", "0.5", "0"),
+        ("3", "12", "21", "[5, 6, 20, 20]", "0.4", "0"))  # fmt: skip
+
+
+@pytest.fixture
+def opa(tmp_path, monkeypatch):
+    """Two foregrounds of one category, and a background."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("background", "foreground"):
+        (tmp_path / "opa" / folder / "apple_pie").mkdir(parents=True)
+    for name, p in (("11", pairs.pair(3)), ("12", pairs.pair(4))):
+        p.inset.save(tmp_path / f"opa/foreground/apple_pie/{name}.jpg", quality=95)
+        p.mask.save(tmp_path / f"opa/foreground/apple_pie/mask_{name}.jpg", quality=95)
+    pairs.pair(3).base.save(tmp_path / "opa/background/apple_pie/21.jpg", quality=98)
+    table(ROWS)
+    return tmp_path
+
+
+def table(rows):
+    with open("opa/test_set.csv", "w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *(row + ("x.jpg", "m.jpg") for row in rows)])
+
+
+def test_pairs_become_items_with_their_reasonable_boxes(opa):
+    assert import_("opa", "opa", "bench") == "2 items, 2 turns, 0 with a mask, 0 with a truth"
+    first, second = data.read("bench")
+    assert (first.id, first.turns[0].instruction) == ("11_21", "add an apple pie")
+    assert first.meta == {"from": "OPA", "kind": "insert", "reasonable": [[32, 32, 30, 30]]}
+    assert Image.open(first.turns[0].region).getbbox() == (32, 32, 62, 62)
+    assert second.meta["reasonable"] == [] and second.turns[0].region is None
+    own = np.asarray(Image.open("opa/foreground/apple_pie/12.jpg"))
+    assert np.array_equal(np.asarray(Image.open(second.turns[0].inset)), own) and second.turns[0].inset_mask
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        (("1", "11", "21", "[1, 2, 3]", "1", "1"), "test_set.csv:2: position must be"),
+        (("1", "11", "21", "[1, 2, 3, 4]", "1", "2"), "label must be 0 or 1"),
+        (("1", "99", "21", "[1, 2, 3, 4]", "1", "1"), "there is no foreground/"),
+    ],
+)
+def test_what_is_not_as_described_is_told_with_its_line(opa, row, why):
+    table([row])
+    with pytest.raises(BenchError, match=why):
+        import_("opa", "opa", "bench")
+
+
+def test_an_inset_that_cannot_be_used_is_told(opa):
+    Image.new("L", (5, 5), 255).save("opa/foreground/apple_pie/mask_11.jpg")
+    with pytest.raises(BenchError, match="inset-mask"):
+        import_("opa", "opa", "bench")
+
+
+def test_the_command_over_it_gives_the_grid_and_goes_on(opa, capsys):
+    import_("opa", "opa", "bench")
+    args = ["insert", "bench", "--device", "cpu", "--steps", "2", "--out", "out"]
+    code, out, _ = run(*args, capsys=capsys)
+    assert code == 0 and {p.name for p in (opa / "out").iterdir()} == {"11_21.png", "12_21.png", "grid.png"}
+    rows = [Image.open(f"out/{name}_21.png") for name in ("11", "12")]
+    assert Image.open("out/grid.png").height == sum(row.height for row in rows)
+    (opa / "out/12_21.png").unlink()
+    code, out, _ = run(*args, capsys=capsys)
+    assert code == 0 and "11_21" not in out and "12_21" in out
+    code, _, err = run(*args, "--at", "0,0,9,9", capsys=capsys)
+    assert code == 2 and "leave out --at" in err[-1]
+    code, _, err = run("insert", "opa/background/apple_pie/21.jpg", capsys=capsys)
+    assert code == 2 and "what to insert?" in err[-1]
