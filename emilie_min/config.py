@@ -3,6 +3,7 @@
 A key that the schema does not know fails, and so does a value that the networks here would not honour.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -112,6 +113,8 @@ ONLY = {  # what the networks here do not vary: another value would go unnoticed
     f"{TEXT}.text_config.max_position_embeddings": 77,
 }  # fmt: skip
 PLAIN = "are not read here, since they can multiply or reach this machine's environment: write the values out"
+NESTED = re.compile(r"([-?:][ \t]+){20}")  # YAML's readers take the square of the depth
+HUGE = "longer than 64 KB, or nested beyond what a config is"
 LARGEST = {"num_res_blocks": 16, "num_hidden_layers": 64}  # of all other sizes and counts 2**20
 
 
@@ -130,6 +133,7 @@ def load_config(name: str | Path) -> Config:
     config: Any = OmegaConf.structured(Config)
     key = ""
     try:
+        _require(len(text) <= 2**16 and len(re.findall(r"[\[{]", text)) <= 1000 and not NESTED.search(text), HUGE)
         _require(not any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)), f"aliases (*name) {PLAIN}")
         given: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
         _require("${" not in str(given), f"interpolations (${{name}}) {PLAIN}")

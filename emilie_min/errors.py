@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -48,6 +48,10 @@ class BenchError(EmilieError):
     Of a folder with several faults it names each on a line of its own.
     """
 
+    def __init__(self, text: str, lines: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        self.lines = lines or [text]
+
 
 def printable(text: object, limit: int = 500) -> str:
     """A line of at most `limit` characters that a terminal can show, of whatever a file or its name may hold."""
@@ -62,6 +66,11 @@ def note(text: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
+
+
+def say(text: str) -> None:
+    """Tell a result on standard output, at once, in lines that a terminal can show."""
+    print("\n".join(printable(line, 2000) for line in text.split("\n")), flush=True)
 
 
 def first_line(error: Exception, last: bool = False) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..bench.cli import which_shard
-from ..errors import CanvasError, EmilieError, InstructionError, MaskError
+from ..errors import CanvasError, EmilieError, InstructionError, MaskError, say
 from . import language
 from .edit import read_edits, settings, with_places
 from .options import load_editor, tell_foreign, writable
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     folder = writable(args.out)
     todo = [(source, name) for source, name in mine if not done(folder, name, texts, changes)]
     part = f", of which this process does {len(mine)}" if shard[1] > 1 else ""
-    print(f"{len(found)} pictures{part}; {len(mine) - len(todo)} are done already")
+    say(f"{len(found)} pictures{part}; {len(mine) - len(todo)} are done already")
     if not todo:
         return 0
     editor = load_editor(args)
@@ -98,7 +98,7 @@ class Batch:
                 bar.set_postfix_str(f"{each:.1f} s each, {group[-1][1]}")
                 at += len(group)
                 bar.update(len(group))
-        print(f"{len(todo) - failed} pictures edited, in {self.folder}" + f"; {failed} could not be" * (failed > 0))
+        say(f"{len(todo) - failed} pictures edited, in {self.folder}" + f"; {failed} could not be" * (failed > 0))
         return 2 if failed else 0
 
     def open(self, source: Path):

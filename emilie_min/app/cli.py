@@ -1,64 +1,105 @@
 """The command `emilie`. Bad input is one line on stderr and exit code 2; PyTorch is imported only when needed."""
 
 import argparse
-import errno
+import os
+import signal
 import sys
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from ..bench.cli import add_commands, whole
-from ..errors import EmilieError
+from ..errors import BenchError, EmilieError, explain_oom, printable, say
 from ..speed.cli import add_options, run_speed
-from . import batch, demo, edit, insert, language, looks
+from . import batch, demo, edit, insert, language, looks, stack
 from .options import EMA_CHOICES, EMA_HELP, add_model_options, add_path_options, load_editor, writable
+
+LINE = 1000  # characters of a line that is told
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, with one line for an error."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; the exit code: 0, 2 for bad input, 130 when interrupted, 1 by a red check."""
-    for stream in (sys.stdout, sys.stderr):  # what a console cannot show is escaped, and nothing more depends on it
-        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    top, given = parser(), sys.argv[1:] if argv is None else argv
-    if not given:
-        print(language.FIRST)
+    """Run a command line; the exit code: 0, 1 by a red check, 2 for bad input and what the system lacks.
+
+    130 when interrupted; 141 where the reader of a pipe has left, as `| head` does: nothing is said then.
+    """
+    prepare_streams()
+    try:
+        try:
+            with explain_oom("here: work at a lower --resolution"):
+                return run_line(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except EmilieError as error:
+        lines = error.lines if isinstance(error, BenchError) else [str(error)]
+        tell("emilie: error: " + "\n".join(printable(line, LINE) for line in lines))
+    except BrokenPipeError:
+        silence(sys.stdout)
+        silence(sys.stderr)
+        return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
+    except OSError as error:  # what the system lacks
+        silence(sys.stdout)
+        name = "standard output" if error.filename is None else printable(error.filename, 200)
+        tell(f"emilie: error: {name} cannot be used: {error.strerror or printable(error)}")
+    except KeyboardInterrupt:
+        tell("\nemilie: interrupted; what was written before is complete")
+        return 130
+    return 2
+
+
+def run_line(argv: list[str]) -> int:
+    top = parser()
+    if not argv:
+        say(language.FIRST)
         return 0
-    if told := language.not_a_command(given[0]):
-        top.error(told)
-    args, rest = top.parse_known_args(given)
+    if wrong := language.not_a_command(argv[0]):
+        top.error(wrong)
+    args, rest = top.parse_known_args(argv)
     if args.command == "edit" and not any(word.startswith("-") for word in rest):
         args.instructions, rest = args.instructions + rest, []  # argparse stops at the first option in between
     if rest:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        told: set[str] = set()
+        warnings.showwarning = lambda message, *_: tell_once(str(message), told)
+        return args.run(args) or 0
+
+
+def prepare_streams() -> None:
+    """What a console cannot show is escaped, what is closed goes nowhere; and nothing more depends on either."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        stream = getattr(sys, name)
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def silence(stream) -> None:
+    """What could not be written is forgotten, so that it is not tried, and told, once more at the end of Python."""
+    with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def tell(text: str) -> None:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", UserWarning)
-            told: set[str] = set()
-            warnings.showwarning = lambda message, *_: tell_once(str(message), told)
-            return args.run(args) or 0
-    except EmilieError as error:
-        print(f"emilie: error: {error}", file=sys.stderr)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR):
-            raise
-        print(f"emilie: error: cannot write {error.filename or ''}: {error.strerror}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\nemilie: interrupted; what was written before is complete", file=sys.stderr)
-        return 130
-    return 2
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # nobody is left to be told
+        silence(sys.stderr)
 
 
 def tell_once(text: str, told: set[str]) -> None:
     if text not in told:
         told.add(text)
-        print(f"emilie: note: {text}", file=sys.stderr)
+        tell(f"emilie: note: {printable(text, LINE)}")
 
 
 def parser() -> Parser:
@@ -88,6 +129,9 @@ def parser() -> Parser:
 
     about = "Insert an object: GracoNet says where, BLIP-2 what it is, EMILIE draws it there."
     insert.add_options(command("insert", insert.run, about))
+
+    about = "The edits of a session as a stack: take any back, hide, move, weaken or change it, and keep the others."
+    stack.add_options(command("stack", stack.run, about))
 
     page = command("studio", run_studio, "Edit on a page in the browser: paint where, say what, undo, branch, save.")
     page.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this computer only)")
@@ -151,7 +195,7 @@ def run_info(args: argparse.Namespace) -> None:
     from ..canvas import about
     from ..checkpoint.info import info
 
-    print(about.lines(args.file) if about.is_png(args.file) else info(args.file, sha256=args.sha256))
+    say(about.lines(args.file) if about.is_png(args.file) else info(args.file, sha256=args.sha256))
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -160,7 +204,8 @@ def run_convert(args: argparse.Namespace) -> None:
     from ..checkpoint.convert import convert
 
     dtype = getattr(torch, args.dtype)
-    print(convert(args.input, args.output, dtype, config=args.config, overwrite=args.overwrite, ema=args.ema))
+    say(f"converting {args.input} to {args.dtype}")  # what cannot be told, as where the disk is full, is told before
+    say(convert(args.input, args.output, dtype, config=args.config, overwrite=args.overwrite, ema=args.ema))
 
 
 def run_download(args: argparse.Namespace) -> None:
@@ -168,10 +213,10 @@ def run_download(args: argparse.Namespace) -> None:
     from ..checkpoint.ready import ready
 
     if args.tokenizer:
-        print(download(args.out, tokenizer_only=True))
+        say(download(args.out, tokenizer_only=True))
         return
     path = ready(args.out, args.keep, tell=partial(print, flush=True))
-    print(f'ready: {path}. Now: emilie check, then emilie edit photo.jpg "make it winter"')
+    say(f'ready: {path}. Now: emilie check, then emilie edit photo.jpg "make it winter"')
 
 
 def run_toy_eval(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from ..errors import EmilieError
+from ..errors import EmilieError, say
 from .options import add_model_options, add_path_options, edit_with_bar, load_editor, writable
 
 
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     folder = writable(args.out)
     scene = world.scene(args.seed)
     canvas = open_canvas(world.render(scene), editor, seed=args.seed)
-    print(f"wrote {images.save(canvas.image, folder / '0_input.png')}")
+    say(f"wrote {images.save(canvas.image, folder / '0_input.png')}")
     cells, right = [(canvas.image, "input", None)], 0
     plan = (("recolour", False), ("add", True), ("background", False), ("style", False))
     for i, (kind, masked) in enumerate(plan, 1):
@@ -36,10 +36,10 @@ def run(args: argparse.Namespace) -> None:
         image = edit_with_bar(canvas, i, [(text, mask if masked else None)])
         verdict = judge(image, scene)
         right += verdict.correct
-        print(f"wrote {images.save(image, folder / f'{i}.png')}: {verdict.why or 'as it should be'}")
+        say(f"wrote {images.save(image, folder / f'{i}.png')}: {verdict.why or 'as it should be'}")
         cells.append((image, text + (" (in the mask)" if masked else ""), mask if masked else None))
-    print(f"wrote {images.save(strip(cells), folder / 'strip.png')}")
-    print(f"{right} of 4 pictures are what the instructions ask for; {time.time() - started:.0f} s")
+    say(f"wrote {images.save(strip(cells), folder / 'strip.png')}")
+    say(f"{right} of 4 pictures are what the instructions ask for; {time.time() - started:.0f} s")
 
 
 def need_small_world(editor) -> None:

@@ -12,6 +12,7 @@ import math
 import re
 import secrets
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from .layers import CHANGES
+
+WRONG, WHILE = 10, 60.0  # passwords that an address may have wrong in so many seconds
 EVENT, UPLOAD = 2**25, 2**28  # bytes that an event and an uploaded file may have
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 JOIN = "/gradio_api/queue/join"
@@ -68,6 +72,7 @@ class Door:
 
     def __init__(self, app: Callable, inputs: Mapping[int, list[str]], local: bool = True, auth: Auth | None = None):
         self.app, self.inputs, self.local, self.auth = app, inputs, local, auth or Auth()
+        self.wrong: dict[str, list[float]] = {}  # by their addresses, when who came with a wrong password
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":  # the server's start and end
@@ -98,12 +103,25 @@ class Door:
             answer = RedirectResponse("/", 303)
             answer.set_cookie("emilie", self.auth.cookie, httponly=True, samesite="strict")
             return answer
-        if not self.auth.admits(request):
+        if not self.admits(request):
             raise Refused(401, "user and password, please" if self.auth.password else "open the link that was printed")
         allowed = {"GET": READ, "HEAD": READ, "POST": WRITE}.get(request.method)
         if not allowed or not allowed.fullmatch(path) or ".." in path:
             raise Refused(404, "there is nothing here")
         return None
+
+    def admits(self, request: Request) -> bool:
+        """Whether somebody may come in; from one address few wrong passwords are heard. Raises Refused."""
+        now, address = time.monotonic(), request.client.host if request.client else ""
+        lately = [then for then in self.wrong.get(address, ()) if then > now - WHILE]
+        if len(lately) >= WRONG:
+            raise Refused(429, "too many wrong passwords: wait a minute")
+        admitted = self.auth.admits(request)
+        if not admitted and request.headers.get("authorization"):
+            if len(self.wrong) > 1000:
+                self.wrong.clear()
+            self.wrong[address] = [*lately, now]
+        return admitted
 
     def plain(self, body: bytes) -> bytes:
         """An event written anew: its number, its page, and values of its inputs' types. Raises Refused."""
@@ -126,9 +144,12 @@ class Door:
         kept = {"fn_index": number, "session_hash": event["session_hash"], "data": values}
         if type(event.get("trigger_id")) is int:
             kept["trigger_id"] = event["trigger_id"]
+        kept["event_data"] = {"asked": time.time()}
         more = event.get("event_data")
         if type(more) is dict and re.fullmatch("[0-9]{1,6}", str(more.get("state"))):  # a click on the tree of edits
-            kept["event_data"] = {"state": str(more["state"])}
+            kept["event_data"] |= {"state": str(more["state"])}
+            if more.get("change") in CHANGES and re.fullmatch("[0-9]{1,4}([.][0-9]{1,4})?", str(more.get("value"))):
+                kept["event_data"] |= {"change": more["change"], "value": str(more["value"])}  # of the stack
         return json.dumps(kept).encode()
 
 
@@ -185,7 +206,7 @@ def routes(visitors: Mapping) -> list[Route]:
         return Response(data, 200, headers, "application/octet-stream")
 
     async def stop(request: Request) -> Response:
-        who(request).stopped = True
+        who(request).stop()
         return Response(status_code=204)
 
     return [

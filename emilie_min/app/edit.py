@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ..canvas.settings import CHOICES, Settings
-from ..errors import CanvasError, InstructionError, MaskError, note, printable
+from ..errors import CanvasError, InstructionError, MaskError, note, printable, say
 from . import language
 from .options import add_model_options, add_path_options, edit_with_bar, load_editor, tell_foreign, writable
 
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
     if args.crop:
         edits[0] = with_places(edits[0], target, canvas)
     if args.crop and (told := aim(photo, edits[0], args.soft, crop)):
-        print(f"1. {told}")
+        say(f"1. {told}")
         canvas = photo.canvas
     tell_foreign(editor, canvas.states[0].image, str(args.input or args.canvas))
 
@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
         for i, regions in enumerate(edits, 1):
             regions = with_places(regions, target, canvas)
             if args.crop and i > 1 and (told := aim(photo, regions, args.soft, crop)):
-                print(f"{i}. {told}")
+                say(f"{i}. {told}")
                 if photo.canvas is not canvas:
                     canvas, session = photo.canvas, another_session(session, photo.canvas)
             masked = all(mask is not None for _, mask in regions)
@@ -183,10 +183,10 @@ def run(args: argparse.Namespace) -> None:
             earlier = [] if photo is None else photo.canvases[:-1]
             path = images.save(out, folder / f"{name}_{first + i - 1}.png", about.texts(canvas, earlier))
             canvas.save(session)
-            print(f"wrote {path} and {session}")
-            print(f"  {time.time() - started:.1f} s; {what_changed(before, canvas)}")
+            say(f"wrote {path} and {session}")
+            say(f"  {time.time() - started:.1f} s; {what_changed(before, canvas)}")
         strip_name = f"{name}_{first + len(edits) - 1}_strip.png" if going_on else f"{name}_strip.png"
-        print(f"wrote {images.save(strip(cells), folder / strip_name)}")
+        say(f"wrote {images.save(strip(cells), folder / strip_name)}")
 
 
 def check_edit(photo, canvas, regions: list[tuple], soft: bool, crop: bool) -> None:
@@ -222,7 +222,7 @@ def with_places(regions: list[tuple], target, canvas) -> list[tuple]:
             mask = where.mask(canvas, text)
             share = 1.0 if mask is None else sum(mask.histogram()[128:]) / (mask.width * mask.height)
             what = "acts on all of the picture: no mask" if mask is None else f"acts on {share:.0%} of the picture"
-            print(f'"{text}" {what}')
+            say(f'"{text}" {what}')
             if mask is not None and target is not canvas:
                 mask = target.at_own_size(mask)
         placed.append((text, mask))

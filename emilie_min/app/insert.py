@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from ..errors import BenchError, CanvasError, EmilieError, ImageError, MaskError
+from ..errors import BenchError, CanvasError, EmilieError, ImageError, MaskError, say
 from .edit import add_settings, claimed, read_box, resolution, settings
 from .options import add_model_options, add_path_options, load_editor, tell_foreign, writable
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     if take >= len(planned.boxes):
         raise MaskError(f"--take {args.take}: only {len(planned.boxes)} proposals are large enough to draw in")
     del captioner  # whose memory the edit may need
-    print(f'the inset shows "{planned.caption}"; proposals {", ".join(map(str, planned.boxes))} (x, y, w, h)')
+    say(f'the inset shows "{planned.caption}"; proposals {", ".join(map(str, planned.boxes))} (x, y, w, h)')
 
     first = len(canvas.states)
     with claimed(folder, args.base.stem, range(first, first + 1), going_on, args.canvas) as (name, session):
@@ -86,12 +86,12 @@ def run(args: argparse.Namespace) -> None:
         columns.append((canvas.image, f"EMILIE: {canvas.state.instruction}", None))
         stem = f"{name}_{canvas.at}"
         for image, what in ((columns[0][0], "proposals"), (columns[1][0], "paste")):
-            print(f"wrote {images.save(image, folder / f'{stem}_{what}.png')}")
+            say(f"wrote {images.save(image, folder / f'{stem}_{what}.png')}")
         path = images.save(photo.image, folder / f"{stem}.png", about.texts(canvas))
         canvas.save(session)
-        print(f"wrote {path} and {session}")
+        say(f"wrote {path} and {session}")
         strip_name = f"{stem}_strip.png" if going_on else f"{name}_strip.png"
-        print(f"wrote {images.save(strip(columns), folder / strip_name)}")
+        say(f"wrote {images.save(strip(columns), folder / strip_name)}")
 
 
 def over_benchmark(args: argparse.Namespace, changes: dict) -> None:
@@ -127,10 +127,10 @@ def over_benchmark(args: argparse.Namespace, changes: dict) -> None:
                 columns.append((planned.pasted(args.take - 1), f"pasted: {planned.caption}", None))
                 draw(planned, args.take - 1, changes)
             except EmilieError as error:
-                print(f"{item.id} is left out: {error}")
+                say(f"{item.id} is left out: {error}")
                 continue
             images.save(strip([*columns, (canvas.image, f"EMILIE: {canvas.state.instruction}", None)]), place)
-            print(f"wrote {place}")
+            say(f"wrote {place}")
         rows.append(Image.open(place))
     if not rows:
         raise BenchError(f"of {args.base} no item could be done")
@@ -139,7 +139,7 @@ def over_benchmark(args: argparse.Namespace, changes: dict) -> None:
     for row in rows[:GRID]:
         grid.paste(row, (0, top))
         top += row.height
-    print(f"wrote {images.save(grid.crop((0, 0, grid.width, top)), folder / 'grid.png')}")
+    say(f"wrote {images.save(grid.crop((0, 0, grid.width, top)), folder / 'grid.png')}")
 
 
 def draw(planned, take: int, changes: dict) -> None:

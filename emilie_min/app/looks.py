@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..canvas.settings import Settings, as_finite
-from ..errors import InstructionError, SamplingError
+from ..errors import InstructionError, SamplingError, say
 from . import language
 from .edit import read_box, resolution, what_changed
 from .options import add_model_options, add_path_options, load_editor, tell_foreign, writable
@@ -114,7 +114,7 @@ def run_grid(args: argparse.Namespace) -> None:
                     for label, (_, image, told) in zip(labels, made)]  # fmt: skip
         title = f"{args.instruction}   (down: text scale, across: image scale)"
         path = images.save(sheet(title, pictures, len(scales[1]), canvas.states[0].image), sheet_path)
-        print(f"wrote {path} and {total} pictures in {singles}")
+        say(f"wrote {path} and {total} pictures in {singles}")
 
 
 @contextmanager
@@ -141,17 +141,15 @@ def run_where(args: argparse.Namespace) -> None:
     cells = where.differences(canvas, args.instruction)
     mask = where.mask(canvas, args.instruction, threshold)
     drawn = images.put_back(where.drawn(canvas.image, cells), photo.photo, photo.box)
-    print(f"wrote {images.save(drawn, free(folder, f'{stem}_where'))}")
+    say(f"wrote {images.save(drawn, free(folder, f'{stem}_where'))}")
     if mask is None:
-        print(f'"{args.instruction}" acts on all of the picture: a mask would not help')
+        say(f'"{args.instruction}" acts on all of the picture: a mask would not help')
         return
     own = photo.at_own_size(mask)
-    print(
-        f"wrote {images.save(own, free(folder, f'{stem}_where_mask'))}, for --mask 1=FILE, or say --mask auto at once"
-    )
+    say(f"wrote {images.save(own, free(folder, f'{stem}_where_mask'))}, for --mask 1=FILE, or say --mask auto at once")
     share = sum(own.histogram()[128:]) / (own.width * own.height)
     box = ",".join(map(str, own.getbbox()))
-    print(f'"{args.instruction}" acts on {share:.1%} of the picture, in {box}; {time.time() - started:.1f} s')
+    say(f'"{args.instruction}" acts on {share:.1%} of the picture, in {box}; {time.time() - started:.1f} s')
 
 
 def free(folder: Path, stem: str) -> Path:

@@ -4,7 +4,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from ..errors import EmilieError, note, printable
+from ..errors import EmilieError, note, printable, say
 
 EMA_CHOICES = ("auto", "yes", "no")  # without PyTorch, see `checkpoint.reading.key_map`
 EMA_HELP = "of a file with two UNets, the averaged one or the other (default: auto, the averaged one if there is one)"
@@ -51,7 +51,7 @@ def load_editor(args: argparse.Namespace):
         args.ema,
     )
     small = ", the small model that ships" if weights is None else ""
-    print(f"{editor.model}{small}: {editor.family} weights, {editor.dtype}, {editor.device}".replace("torch.", ""))
+    say(f"{editor.model}{small}: {editor.family} weights, {editor.dtype}, {editor.device}".replace("torch.", ""))
     return editor
 
 
@@ -95,7 +95,9 @@ def edit_with_bar(canvas, number: int, regions: list[tuple], **settings):
 
     editor = getattr(canvas, "canvas", canvas).editor
     steps = settings.get("steps") or editor.config.sampling.steps
-    with tqdm(total=steps, desc=f"{number}. {' + '.join(text for text, _ in regions)}", leave=True) as bar:
+    with tqdm(
+        total=steps, desc=printable(f"{number}. {' + '.join(text for text, _ in regions)}", 80), leave=True
+    ) as bar:
         for step in canvas.steps(regions, **settings):
             bar.update(step.sigma > 0)
     return canvas.image

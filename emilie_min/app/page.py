@@ -4,6 +4,7 @@ A visitor is the page's gr.State: gradio keeps it while the page is open, and fo
 only the connection broke. `page.visitors` finds it by its key while it lives, for what `door` sends, fetches, stops.
 """
 
+import math
 import random
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from ..canvas.canvas import check_can_edit
 from ..canvas.settings import GATES
 from ..emilie import Editor
 from ..errors import EmilieError
+from .layers import change, stack_html
 from .visitor import Visitor, picture_html, small_world, tree_html
 
 PAGES, WAITING = 256, 20  # visitors that are kept, the latest ones; events that may wait
@@ -77,11 +79,14 @@ def layout(editor: Editor) -> SimpleNamespace:
             on.image_scale = scale(defaults.image_scale, "How closely to stay with the picture", told)
             with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                 on.steps = gr.Slider(1, 100, defaults.steps, step=1, label="Steps", info="More is slower and finer.")
+                told = "An instruction whose pull is taken off. Empty: nothing."
+                on.negative = gr.Textbox(label="What not to do", info=told, max_lines=1, elem_id="negative")
                 told = "Another number, another result. Empty: the canvas's own."
                 on.seed = gr.Number(label="Seed", precision=0, info=told)
                 told = "anchor: what is outside stays. guidance: steers inside only. eq8: leaves noise outside."
                 on.gate = gr.Radio(list(GATES), value=GATES[0], label="What the paint does (gate)", info=told)
                 on.keep = gr.Checkbox(label="Outside the paint keep every pixel, to the bit", elem_id="keep")
+    on.stack = gr.HTML(js_on_load="layers.strip(element, trigger)", elem_id="stack")
     on.tree = gr.HTML(js_on_load="studio.tree(element, trigger)", elem_id="edits")
     on.paint = gr.Textbox(visible=False)
     return on
@@ -89,8 +94,8 @@ def layout(editor: Editor) -> SimpleNamespace:
 
 def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
     """What happens at a click. The networks do one thing at a time; who waits is told his place."""
-    shown = [on.visitor, on.status, on.picture, on.tree, on.undo, on.redo, on.examples]
-    sent = ("text_scale", "image_scale", "steps", "seed", "gate")
+    shown = [on.visitor, on.status, on.picture, on.tree, on.stack, on.undo, on.redo, on.examples]
+    sent = ("text_scale", "image_scale", "steps", "seed", "gate", "negative")
 
     def doing(do: Callable[..., str | Iterator[tuple[str, float]]]) -> Callable:
         """A handler: do one thing at a time with a visitor's canvas; show how it goes, and what it is then."""
@@ -128,6 +133,7 @@ def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
             f"<p>{escape(note)}</p>",
             picture_html(visitor),
             tree_html(canvas),
+            stack_html(canvas),
             gr.update(interactive=canvas is not None and canvas.at > 0),
             gr.update(interactive=canvas is not None and bool(canvas.redo_stack)),
             gr.Dataset(samples=[[text] for text in visitor.suggestions()]),
@@ -136,8 +142,17 @@ def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
     def edit(visitor: Visitor, text: str | None, paint: str | None, keep: bool, *settings) -> Iterator:
         return visitor.edit(text or "", paint or "", keep_background=keep, **dict(zip(sent, settings)))
 
+    def edited(visitor: Visitor | None, event: gr.EventData, *inputs) -> Iterator[list]:
+        if visitor and (event._data or {}).get("asked", math.inf) < visitor.stopped_at:
+            yield told(visitor, "stopped before it began: the picture is as it was", refused=True)
+        else:
+            yield from doing(edit)(visitor, *inputs)
+
     def went(visitor: Visitor | None, event: gr.EventData) -> Iterator[list]:
         yield from doing(lambda visitor: visitor.branch(int(event._data["state"])))(visitor)
+
+    def restacked(visitor: Visitor | None, event: gr.EventData) -> Iterator[list]:
+        yield from doing(lambda visitor: change(visitor, event._data))(visitor)
 
     new_scene = doing(lambda visitor: visitor.new_scene(random.randrange(10**6)))
     common = dict(inputs=on.visitor, outputs=shown, api_visibility="private")
@@ -146,11 +161,12 @@ def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
     page.load(new_scene if small_world(editor) else doing(lambda visitor: ""), **slow)
     inputs = [on.visitor, on.text, on.paint, on.keep, *(getattr(on, name) for name in sent)]
     asked = slow | dict(inputs=inputs, js="(...inputs) => studio.inputs(...inputs)")
-    gr.on([on.go.click, on.text.submit], doing(edit), **asked)
+    gr.on([on.go.click, on.text.submit], edited, **asked)
     on.scene.click(new_scene, **slow)
     on.picture.select(doing(Visitor.open_uploaded), **slow)
     on.undo.click(doing(Visitor.undo), **quick)
     on.redo.click(doing(Visitor.redo), **quick)
     on.tree.select(went, **quick)
+    on.stack.select(restacked, **slow)
     on.stop.click(None, js="() => studio.stop()")
     on.examples.click(lambda sample: sample[0], **quick | dict(inputs=on.examples, outputs=on.text))

@@ -35,7 +35,7 @@ def serve(editor: Editor, local: bool = True, password: str = "", link: str = ""
     from . import door
     from .page import build
 
-    here, page = Path(__file__), build(editor)
+    here, parts, page = Path(__file__), ("studio", "layers"), build(editor)
     page.folder = folder
     looks = gr.themes.Base(primary_hue="pink", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     app = gr.mount_gradio_app(  # and not launch(), which may want a proxy or a share link to find its own page
@@ -46,8 +46,8 @@ def serve(editor: Editor, local: bool = True, password: str = "", link: str = ""
         run_history=False,
         ssr_mode=False,
         theme=looks.set(block_info_text_color="*neutral_600", slider_color="*primary_500"),
-        head=f"<script>{here.with_suffix('.js').read_text('utf-8')}</script>",
-        css=here.with_suffix(".css").read_text("utf-8"),
+        head="".join(f"<script>{here.with_name(f'{name}.js').read_text('utf-8')}</script>" for name in parts),
+        css="\n".join(here.with_name(f"{name}.css").read_text("utf-8") for name in parts),
     )
     inputs = {number: [block.get_block_name() for block in fn.inputs] for number, fn in page.fns.items()}
     app = door.Door(app, inputs, local, door.Auth(password, link))

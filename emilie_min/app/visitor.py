@@ -36,7 +36,7 @@ class Visitor:
         self.name = ""  # of the files to save
         self.paint: Image.Image | None = None  # the mask of an edit that was undone, so that it can be tried again
         self.uploaded: tuple[str, tempfile.TemporaryDirectory | None] = ("", None)  # a file's name, and its folder
-        self.busy, self.stopped = threading.Lock(), False
+        self.busy, self.stopped, self.stopped_at = threading.Lock(), False, 0.0
 
     def open_uploaded(self) -> str:
         """Go on with the file that was uploaded, which is removed."""
@@ -75,14 +75,23 @@ class Visitor:
             raise InstructionError(f"an instruction of {len(text)} characters is too long")
         mask = read_paint(paint, canvas.state.image.size)
         settings["keep_background"] = settings.get("keep_background", False) and mask is not None
+        settings["negative"] = settings.get("negative") or None
         number = settings.get("steps") or self.editor.config.sampling.steps
         for step in canvas.steps(text, mask, **settings):
-            if self.stopped:
-                raise CanvasError("stopped: the picture is as it was")
+            self.go_on()
             yield f"Step {step.i} of {number}: {text}", step.i / number
         self.paint = None
         where = "everywhere" if mask is None else "where you painted"
         yield f"Edit {canvas.at}: {text}, {where}; {time.time() - started:.1f} s", 1
+
+    def stop(self) -> None:
+        """The edit that is under way, and those that were asked for and still wait."""
+        self.stopped, self.stopped_at = True, time.time()
+
+    def go_on(self) -> None:
+        """Raises CanvasError once Stop was pressed."""
+        if self.stopped:
+            raise CanvasError("stopped: the picture is as it was")
 
     def undo(self) -> str:
         mask = self.opened().state.mask
@@ -202,9 +211,10 @@ def tree_html(canvas: Canvas | None) -> str:
             line = f"grid-area:{row[parent]}/{column[i]}/{row[i] + 1}/{column[i] + 1}"
             parts.append(f'<i class="{"branch" if row[i] > row[parent] else ""}" style="{line}"></i>')
         about = ", ".join(f"{key} {value}" for key, value in state.settings.items())
+        hidden = "" if state.shown or state.shown is None else " (hidden)"
         parts.append(
             f'<button class="state{" here" if i == canvas.at else ""}" data-state="{i}" title="{escape(about)}" '
             f'style="grid-area:{row[i]}/{column[i]}"><img src="{data_url(enlarge(state.image, THUMB))}" alt="">'
-            f"<span><b>{i}</b> {escape(state.instruction or 'start')}</span></button>"
+            f"<span><b>{i}</b> {escape(state.instruction or 'start')}{hidden}</span></button>"
         )
     return f'<div class="tree">{"".join(parts)}</div>'

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import BenchError, printable
+from ..errors import BenchError, printable, say
 
 OWN = {  # of what a score is made by: the small world's, and the released one
     "clip": ("toy-clip", "openai/clip-vit-large-patch14"),
@@ -26,13 +26,16 @@ def add_commands(bench: argparse.ArgumentParser, add_model_options: Callable) ->
     make.add_argument("folder", type=Path, metavar="DIR")
     make.add_argument("--scenes", type=whole, default=40, help="pictures (default: 40)")
     make.add_argument(
-        "--turns", type=whole, help="instructions for each (default: 4; 16 for drift and nothing, 2 for undo, 1 else)"
+        "--turns",
+        type=whole,
+        help="instructions for each (default: 4; 16 for drift and nothing, 2 for undo, up to 5 for undo-later, 1 else)",
     )
     make.add_argument("--seed", type=int, default=0, help="other scenes (default: 0)")
-    make.add_argument("--kind", default="imie", choices=("imie", "drift", "twins", "night-here", "undo", "nothing"),
+    kinds = ("imie", "drift", "twins", "night-here", "undo", "undo-later", "nothing")
+    make.add_argument("--kind", default="imie", choices=kinds,
                       help="imie: as IMIE-Bench, masks on some; drift: one object changed again and again; twins: "
                            "equal objects, a mask on one; night-here: a look or ground in a part; undo: do and undo "
-                           "in words; nothing: empty instructions")  # fmt: skip
+                           "in words; undo-later: others in between; nothing: empty instructions")  # fmt: skip
 
     check = command("check", run_check, "Validate a benchmark folder: every line, picture and mask.")
     check.add_argument("folder", type=Path, metavar="DIR")
@@ -123,7 +126,7 @@ def run_run(args: argparse.Namespace) -> None:
     common = {"steps": args.steps, "prompt": args.prompt}
     done = run.run(args.folder, names(args.methods), args.out, seeds, models, shard, **common)
     missing, failed = run.state(done)
-    print(f"{args.out}: {missing} edits missing, {failed} failed" if missing or failed else f"{args.out}: complete")
+    say(f"{args.out}: {missing} edits missing, {failed} failed" if missing or failed else f"{args.out}: complete")
 
 
 def which_shard(text: str | None, environ: dict) -> tuple[int, int]:
@@ -150,7 +153,7 @@ def run_tune(args: argparse.Namespace) -> None:
         settings[name.strip()] = names(values)
     models = run.Models(args.weights, None, args.config, args.device, args.dtype, args.tokenizer)
     for line in tune.tune(args.out, names(args.methods), settings or tune.TRIED, args.scenes, models):
-        print(line)
+        say(line)
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -159,7 +162,7 @@ def run_report(args: argparse.Namespace) -> None:
     done = run.read_run(args.run_folder, names(args.methods) if args.methods else None)
     clip, blip = (which(model, done, *ours) for model, ours in ((args.clip, OWN["clip"]), (args.blip, OWN["blip"])))
     page = report.report(done, args.out, clip, blip, args.lpips, args.grids, args.device or "cpu", args.clip2)
-    print(f"wrote {page}, and beside it report.md and metrics.csv")
+    say(f"wrote {page}, and beside it report.md and metrics.csv")
 
 
 def which(model: str | None, run, small: str, released: str) -> str | None:
@@ -178,13 +181,13 @@ def run_study(args: argparse.Namespace) -> None:
     done = run.read_run(args.run_folder)
     methods = names(args.methods) if args.methods else None
     page, key, line = study.study(done, args.out or args.run_folder / "study", methods, args.chains, args.seed)
-    print(f"wrote {page}: {line}\nkeep {key} to yourself: `emilie bench tally` needs it")
+    say(f"wrote {page}: {line}\nkeep {key} to yourself: `emilie bench tally` needs it")
 
 
 def run_tally(args: argparse.Namespace) -> None:
     from . import study
 
-    print(study.tally(args.key, args.answers).markdown())
+    say(study.tally(args.key, args.answers).markdown())
 
 
 def run_import(args: argparse.Namespace) -> None:
@@ -192,16 +195,16 @@ def run_import(args: argparse.Namespace) -> None:
 
     own = {"editbench": {"polarity": args.polarity}, "edival": {}, "opa": {}}
     options = own.get(args.format, {"masks": args.masks})
-    print(f"wrote {args.folder}: {readers.import_(args.format, args.source, args.folder, **options)}")
+    say(f"wrote {args.folder}: {readers.import_(args.format, args.source, args.folder, **options)}")
 
 
 def run_make(args: argparse.Namespace) -> None:
     from . import data
 
-    print(f"wrote {args.folder}: {data.make(args.folder, args.scenes, args.turns, args.seed, args.kind)}")
+    say(f"wrote {args.folder}: {data.make(args.folder, args.scenes, args.turns, args.seed, args.kind)}")
 
 
 def run_check(args: argparse.Namespace) -> None:
     from . import data
 
-    print(f"{args.folder}: {data.check(args.folder)}")
+    say(f"{args.folder}: {data.check(args.folder)}")

@@ -57,7 +57,7 @@ IDLE = ITEM | {"turns": [TURN | {"instruction": Blank}]}  # of items that ask fo
 ID = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.-]+")  # a file name everywhere
 
 # of benchmark to `make`, and their turns
-KINDS = {"imie": 4, "drift": 16, "twins": 1, "night-here": 1, "undo": 2, "nothing": 16}
+KINDS = {"imie": 4, "drift": 16, "twins": 1, "night-here": 1, "undo": 2, "undo-later": 5, "nothing": 16}
 FIRST = 2 * 10**6  # the first scene's seed: training begins at 10**9, `toy-eval` at 10**6 and uses some hundreds
 SCENES = 10**4  # at most, so that no two seeds share a scene
 
@@ -132,7 +132,7 @@ def _load(folder: str | Path, opened: bool = False) -> list[Item]:
             faults.append(f"{path}:{number}: {printable(error)}")
     if faults:
         more = [f"... and {len(faults) - MOST} more"] if len(faults) > MOST else []
-        raise BenchError("\n".join(faults[:MOST] + more))
+        raise BenchError("\n".join(faults[:MOST] + more), faults[:MOST] + more)
     if not items:
         raise BenchError(f"{path} has no items: write one a line")
     return items
@@ -307,7 +307,8 @@ def make(folder: str | Path, scenes: int = 40, turns: int | None = None, seed: i
     every right result is the first picture. "twins": one of two equal objects is to change, and only the mask says
     which. "night-here": a look or ground in a half or quarter of the picture, by a mask. "undo": an edit and, in words,
     its undoing ("make the circle blue", "make the circle red"), without masks; after every second turn the first
-    picture is right. "nothing", for Fig. 2: 16 turns of "", after each of which the first picture is right.
+    picture is right. "undo-later": the same once, with zero to three other edits in between, which the right picture
+    keeps. "nothing", for Fig. 2: 16 turns of "", after each of which the first picture is right.
 
     seed: other seeds have other scenes, none of which training saw. The same call writes the same bytes. Raises
     BenchError.
@@ -383,14 +384,16 @@ def _night_here(i: int, seed: int, turns: int) -> Item:
     return _world_item(i, seed, first, [edit], kinds=[kind])
 
 
+UNDONE = {"recolour": "recolour", "add": "remove", "shape": "shape", "background": "background", "style": "style"}
+
+
 def _undo(i: int, seed: int, turns: int) -> Item:
     """An edit of the i-th kind that words can undo, and its undoing, again and again."""
     first = now = world.scene(seed)
-    undone = {"recolour": "recolour", "add": "remove", "shape": "shape", "background": "background", "style": "style"}
-    kind = list(undone)[i % len(undone)]
+    kind = list(UNDONE)[i % len(UNDONE)]
     edits, kinds = [], []
     for turn in range(turns):
-        kinds.append(undone[kind] if turn % 2 else kind)
+        kinds.append(UNDONE[kind] if turn % 2 else kind)
         for attempt in count():  # any change may be drawn
             text, after, where = world.instruct(now, f"{seed} {turn} {attempt}", kinds[-1])
             if after == first or turn % 2 == 0:
@@ -400,6 +403,26 @@ def _undo(i: int, seed: int, turns: int) -> Item:
     return _world_item(i, seed, first, edits, kinds=kinds)
 
 
+def _undo_later(i: int, seed: int, turns: int) -> Item:
+    """An edit of the i-th kind, up to three others (at most `turns` - 2) that touch nothing of it, and its undoing."""
+    first, kind = world.scene(seed), list(UNDONE)[i % len(UNDONE)]
+    between = min(i // len(UNDONE) % 4, max(turns - 2, 0))
+    for attempt in count():
+        now, steps = first, []
+        for turn in range(1 + between):
+            steps.append(world.instruct(now, f"{seed} {attempt} {turn}", None if turn else kind))
+            now = steps[-1][1]
+        right = world.without(first, [after for _, after, _ in steps], 0)
+        if right is None or UNDONE[kind] not in world.possible(now):
+            continue
+        back = (world.instruct(now, f"{seed} {attempt} back {k}", UNDONE[kind]) for k in range(100))
+        found = next((step for step in back if step[1] == right), None)
+        if found is not None:
+            break
+    edits = [Turn(text, None, world.caption(after), where, truth=after) for text, after, where in (*steps, found)]
+    return _world_item(i, seed, first, edits, undone=kind, between=between)
+
+
 def _nothing(i: int, seed: int, turns: int) -> Item:
     """Nothing is asked for, again and again."""
     scene = world.scene(seed)
@@ -407,7 +430,8 @@ def _nothing(i: int, seed: int, turns: int) -> Item:
 
 
 MAKERS = {
-    "imie": _imie, "drift": _drift, "twins": _twins, "night-here": _night_here, "undo": _undo, "nothing": _nothing
+    "imie": _imie, "drift": _drift, "twins": _twins, "night-here": _night_here, "undo": _undo,
+    "undo-later": _undo_later, "nothing": _nothing,
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from ..faster.deepcache import reuse_deep_features
 from ..faster.dpmpp import sample_dpmpp_2m
 from ..faster.guidance_reuse import reuse_guidance
 from ..faster.interval import guidance_interval
-from ..sampling import Denoise, Noise, Scale, Step, get_sigmas, noise_stream, sample_euler_ancestral
+from ..sampling import Denoise, Noise, Sampler, Scale, Step, get_sigmas, noise_stream, sample_euler_ancestral
 from . import images, regions, session, settings, stack
 from .images import Mask
 from .regions import Asked
@@ -26,6 +26,7 @@ from .state import State
 SAMPLERS = dict(
     zip(settings.SAMPLERS, (sample_euler_ancestral, sample_dpmpp_2m, partial(sample_dpmpp_2m, eta=1.0)), strict=True)
 )
+KEPT = (0.25, 0.5, 0.75)  # of the steps, before which the sampler's x is kept
 
 
 def open(
@@ -65,6 +66,11 @@ def open(
     root = State("", editor.scale_factor * z_img, picture)
     turned = original.info.get("orientation")
     return Canvas(editor, seed, original.size, native, z_init, z_img, [root], turned=turned, part=part)
+
+
+def resumed(sampler: Sampler, first: int, x: Tensor) -> Sampler:
+    """A sampler that goes on from x, before step `first`."""
+    return lambda denoise, _, sigmas, *rest: sampler(denoise, x.to(_.device), sigmas[first:], *rest)
 
 
 def check_can_edit(editor: Editor) -> None:
@@ -152,12 +158,17 @@ class Canvas:
         return Asked(texts, masks, own, shares, union)
 
     def run(
-        self, asked: Asked, settings: Settings, depth: int, within: tuple[Tensor, Tensor] | None = None
+        self,
+        asked: Asked,
+        settings: Settings,
+        depth: int,
+        within: tuple[Tensor, Tensor] | None = None,
+        start: tuple[int, Tensor] | None = None,
     ) -> Iterator[Step]:
         """An edit of the current state; depth: keys its noise.
 
         within: a mask and a scaled latent, (1, 1, h, w) and (1, 4, h, w): outside that mask the result is that latent,
-        to the bit, whatever the gate.
+        to the bit, whatever the gate. start: a step's number and its x, to go on from there.
         """
         editor, at, parent = self.editor, self.at, self.state
         texts, masks, own, shares, union = asked
@@ -175,20 +186,28 @@ class Canvas:
                 streams = [noise_stream(tuple(self.z_init.shape), seed, "edit", depth) for seed in seeds]
                 return streams[0] if len(set(seeds)) == 1 else regions.noise_of_each(streams, shares)
 
+            first, kept = 0 if start is None else start[0], {}
             alone = None
             if len(texts) > 1:
                 where = [y if y is None else y.to(editor.device) for y in (shares, union, source)]
                 alone = regions.as_it_was(*where, sigmas, self.z_init, noise(), sampler)
             denoise = self.denoiser(z_img, asked, settings, alone)
-            for step in editor.steps(denoise, sigmas, self.z_init, noise(), source, gated, gate, sampler):
-                yield step
+            drawn = noise()
+            if start is not None:
+                sampler = resumed(sampler, *start)
+                for _ in range(first):
+                    drawn()
+            for step in editor.steps(denoise, sigmas, self.z_init, drawn, source, gated, gate, sampler):
+                if (i := first + step.i) in [round(part * settings.steps) for part in KEPT] and i > 0:
+                    kept[i] = step.x.cpu()
+                yield step._replace(i=i)
             latent = step.x.cpu()
             if (
                 union is not None and settings.keep_background
             ):  # whatever the gate: the next edit starts from what is seen
                 latent = torch.where(union == 0, parent.latent, latent)
         record = settings.record() | ({"own": own} if any(own) else {})
-        state = State(" + ".join(texts), latent, parent.image, at, None, record, f, depth=depth)
+        state = State(" + ".join(texts), latent, parent.image, at, None, record, f, depth=depth, kept=kept)
         state.mask = regions.joined(asked)
         state.regions = list(zip(texts, masks)) if len(texts) > 1 else []
         state.image = self.picture(state)
@@ -344,6 +363,14 @@ class Canvas:
     def revise(self, k: int, instruction: str | Sequence[tuple] | None = None, mask=..., **changes) -> Image.Image:
         """Make edit k anew with another instruction, mask (None: everywhere) or other settings. Raises EmilieError."""
         return self.change("revise", k, instruction=instruction, mask=mask, **changes)
+
+    def scrub(self, k: int, part: float, instruction: str | Sequence[tuple] | None = None, mask=..., **changes):
+        """Edit k with something else, as for `revise`, in the last part of its steps alone, 0 to 1.
+
+        The same bits as a whole edit in which it changes there; a quarter, a half and three quarters are kept and cost
+        the last steps only. Of settings those of guidance, gate and mask can change. Raises EmilieError.
+        """
+        return self.change("scrub", k, part, instruction=instruction, mask=mask, **changes)
 
     def change(self, name: str, k: int, *more, **settings) -> Image.Image:
         """One of `stack.CHANGES`, by its name; `stack.change` does it step by step."""

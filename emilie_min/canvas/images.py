@@ -258,6 +258,7 @@ def read_given(
         source = Source(mask, "mask", MaskError)
     else:
         source = Source(mask, "mask", MaskError)
+        source.sizes = [original, working]  # what a file has is known before it is unpacked
         stored = read_stored(mask, source)
         image = masks.meaning(stored, source, soft, isinstance(mask, np.ndarray))
         image = turn_alike(image, original, working, turned, stored.info.get("orientation"), source)

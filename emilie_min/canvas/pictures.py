@@ -5,10 +5,14 @@ is opened; FOREIGN and BRANDS, what is refused and what to do instead.
 """
 
 import io
+import logging
 import math
+import os
 import struct
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -21,7 +25,10 @@ from ..errors import ImageError, note, printable
 Picture = Image.Image | np.ndarray | bytes | str | Path
 
 SMALLEST, LONGEST = 16, 65535  # px: the shortest and the longest side of a picture
+MANY, BARE = 2**24, 400  # px from which, and in a byte of the file beyond which, a picture is not unpacked
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "PPM", "JPEG2000", "QOI")  # others run other programs
+HUSHED = threading.Lock()
+TIFF = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
 RAW = (
     "it is a camera's raw file",
     "develop it to a TIFF, PNG or JPEG first, in the camera's software, darktable or RawTherapee",
@@ -102,6 +109,7 @@ class Source:
         )
         self.error = error
         self.notes: list[str] = []
+        self.sizes: list[tuple[int, int]] = []  # (width, height) that alone it may have, on either side; []: any
 
     def tell(self, text: str) -> None:
         self.notes.append(f"{self.name} {text}")
@@ -193,6 +201,25 @@ class quiet:
         self.source.fail(f"cannot be read as a picture: {reason}", cause)
 
 
+@contextmanager
+def hushed(needed: bool) -> Iterator[None]:
+    """What a library in C writes past Python, as libtiff does, goes nowhere."""
+    with HUSHED if needed else nullcontext():
+        try:
+            kept = os.dup(2) if needed else None
+        except OSError:  # there is no standard error
+            kept = None
+        try:
+            if kept is not None:
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            if kept is not None:
+                os.dup2(kept, 2)
+                os.close(kept)
+
+
 @cache
 def formats() -> list[str]:
     """Of FORMATS, what this Pillow has."""
@@ -201,8 +228,8 @@ def formats() -> list[str]:
 
 
 def read_file(file: BinaryIO, source: Source, suffix: str = "") -> Image.Image:
-    with quiet(source):
-        head = file.read(4096)
+    head = file.read(4096)
+    with quiet(source), hushed(head[:4] in TIFF):
         refuse_foreign(head, suffix, source)
         file.seek(0)
         try:
@@ -210,7 +237,7 @@ def read_file(file: BinaryIO, source: Source, suffix: str = "") -> Image.Image:
         except Image.UnidentifiedImageError as cause:
             file.seek(0)
             return read_otherwise(file, head, source, cause)
-        refuse_size(image.size, source)
+        refuse_size(image.size, source, file.seek(0, io.SEEK_END))
         if image.format == "TIFF":
             refuse_raw_tiff(image, source)
             if deep_planes(image.tag_v2):
@@ -223,11 +250,16 @@ def read_file(file: BinaryIO, source: Source, suffix: str = "") -> Image.Image:
         return upright(image, source)
 
 
-def refuse_size(size: tuple[int, int], source: Source) -> None:
-    """Before pixels are decoded."""
+def refuse_size(size: tuple[int, int], source: Source, nbytes: int | None = None) -> None:
+    """Before pixels are decoded. nbytes: of the file, which for a photo of many pixels is not next to nothing."""
     width, height = size
     if max(size) > LONGEST:
         source.fail(f"has {width}x{height} px, a side longer than {LONGEST}: crop it or scale it down first")
+    if source.sizes and not {size, size[::-1]} & {*source.sizes}:
+        wanted = "{}x{}".format(*source.sizes[0])
+        raise source.error(f"the mask has {width}x{height} px and the picture {wanted}: make them the same size")
+    if nbytes is not None and width * height > max(MANY, BARE * nbytes):
+        source.fail(f"has {width}x{height} px in {nbytes >> 10} KB, which no photo has: scale it down first")
 
 
 def refuse_foreign(head: bytes, suffix: str, source: Source) -> None:
@@ -271,7 +303,7 @@ def read_otherwise(file: BinaryIO, head: bytes, source: Source, cause: Exception
         if len(pictures) > 1:
             source.tell(f"holds {len(pictures)} pictures: the first is used; save another alone to use that")
         return upright(image, source)
-    if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    if head[:4] not in TIFF:
         source.fail("cannot be read as a picture: its format is unknown; save it as PNG or JPEG", cause)
     try:
         import tifffile
@@ -282,6 +314,7 @@ def read_otherwise(file: BinaryIO, head: bytes, source: Source, cause: Exception
             cause,
         )
     file.seek(0)
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())  # else what it logs goes to the terminal
     return read_tiff(tifffile.TiffFile(file), source)
 
 

@@ -73,6 +73,7 @@ SETTINGS = {  # of the first version; later ones may be missing, and any that is
     "negative?": str,
     "further?": [list, ...],
     "own?": [dict],
+    "scrubbed?": {"step": int, "of": str},
 }
 RECORD = {  # fields of State, as JSON; those with "?" are written where they are not State's default
     "instruction": Blank,
@@ -409,6 +410,9 @@ def _check(about: dict, states: list[State]) -> None:
     ids = [state.id for state in states]
     if any(state.made and state.made["from"] not in ids[:i] for i, state in enumerate(states)):
         raise ValueError("a change of its stack is from a state that it does not hold")
+    scrubbed = [state.settings.get("scrubbed") or {"of": state.id} for state in states]
+    if any(each["of"] not in ids[: i + 1] for i, each in enumerate(scrubbed)):
+        raise ValueError("an edit goes on from one that it does not hold")
     undone = about["undone"]
     if any(not 0 <= i < len(states) for i in [about["at"], *undone]) or len(set(undone)) < len(undone):
         raise ValueError("it names a state that it does not hold, or one twice")

@@ -12,6 +12,7 @@ So outside S every bit of b stays. Noise is keyed by an edit's seed and by its d
 A stack that was there before is taken from the tree: hidden and shown again gives the same bits.
 """
 
+import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,12 +27,14 @@ from ..sampling import Step
 from . import regions
 from .images import Mask
 from .regions import Asked
-from .settings import Settings, as_finite
+from .settings import Settings, as_finite, as_part
 from .state import State
 
 APART, REACH = 0.35, 1  # how far a scaled latent, of unit variance, is another; cells around that count too
+STEPS = 0.5  # the part of an edit's steps that it takes where what is around it is known
 WAYS = ("support", "replay")  # to make later edits anew: as above, or each in full
-CHANGES = ("retract", "hide", "show", "move", "strength", "revise")
+CHANGES = ("retract", "hide", "show", "move", "strength", "revise", "scrub")
+SCRUBBED = {"text_scale", "image_scale", "gate", "soft", "negative", "further", "guidance_interval", "keep_background"}
 
 Made = Generator[Step, None, State]
 
@@ -57,12 +60,13 @@ class Layer:
     def key(self) -> tuple:
         """What its result depends on, besides its input."""
         masks = tuple(None if mask is None else mask.tobytes() for mask in self.masks)
-        told = Settings(**{name: value for name, value in self.settings.items() if name != "own"}, allow_empty=True)
+        told = {name: value for name, value in self.settings.items() if name not in ("own", "scrubbed")}
         own = [sorted(own.items()) for own in self.settings.get("own", [])]
-        return self.texts, masks, repr(told), repr(own), self.depth, self.shown, self.strength
+        more = repr(Settings(**told, allow_empty=True)), repr(own), repr(self.settings.get("scrubbed"))
+        return self.texts, masks, *more, self.depth, self.shown, self.strength
 
     def asked(self, canvas) -> tuple[Asked, Settings]:
-        record = dict(self.settings)
+        record = {name: value for name, value in self.settings.items() if name != "scrubbed"}
         own = record.pop("own", [{} for _ in self.texts])
         settings = Settings(**record, allow_empty=True)
         return canvas.asked(list(self.texts), self.masks, own, settings), settings
@@ -101,10 +105,11 @@ class Walk:
 
     def through(self, wanted: list[Layer]) -> Generator[Step, None, int]:
         """The number of the state at which they end; all new ones are appended to `states`."""
-        at = 0
+        at, kept = 0, True
         for layer in wanted:
             number = self.nodes.get((at, layer.key))
-            if number is None:
+            kept &= number is not None and any(self.states[number] is state for _, state in self.today.values())
+            if number is None or self.way == "replay" and not kept:
                 state = yield from self.make(layer, at)
                 number = len(self.states)
                 self.states.append(state)
@@ -122,7 +127,8 @@ class Walk:
         state.mask = regions.joined(asked)
         if not layer.shown:
             return state
-        if (known := self.made.get((*self.recipe[at], layer.key))) is not None:
+        known = self.made.get((*self.recipe[at], layer.key))
+        if known is not None and self.way == "support":
             return replace(
                 state, latent=self.states[known].latent, image=self.states[known].image, f=self.states[known].f
             )
@@ -159,16 +165,36 @@ class Walk:
             core, where = (torch.stack(part).any(0) for part in zip(*edges))
             mine, reach = support(a.latent, b.latent)
             state.latent, state.f = torch.where(where & ~mine, parent, b.latent), b.f
-            if not (core & reach | where & mine).any():
+            if not (core & mine).any():
                 return
             within = (where & reach).float(), torch.where(where, parent, b.latent)
         scratch = self.canvas_at(state.parent)
-        for step in scratch.run(asked, settings, layer.depth, within):
+        for step in self.steps(layer, scratch, within):
             self.calls += step.sigma > 0
             yield step
+        state.kept = scratch.state.kept if within is None else {}
         state.latent, state.f = scratch.state.latent, scratch.state.f
         where = torch.ones_like(state.latent[:, :1]) > 0 if within is None else within[0] > 0
         self.remade = where if self.remade is None else self.remade | where
+
+    def steps(self, layer: Layer, scratch, within: tuple[Tensor, Tensor] | None) -> Iterator[Step]:
+        """An edit's steps on a canvas, of one that was scrubbed first those of the edit that it goes on from."""
+        (asked, settings), part, start = layer.asked(self.canvas), 1.0 if within is None else STEPS, None
+        if (scrubbed := layer.settings.get("scrubbed")) is not None:
+            number = next(i for i, state in enumerate(self.states) if state.id == scrubbed["of"])
+            step, of = round(part * scrubbed["step"]), self.states[number]
+            x = of.kept.get(step) if within is None and of.parent == scratch.at else None
+            if x is None:
+                before = self.steps(replace(self.layers[number], shown=True, strength=1.0), scratch, within)
+                for each in before:
+                    if each.i == step:
+                        x, self.calls = each.x.cpu(), self.calls + 1
+                        break
+                    yield each
+            start = step, x
+        yield from scratch.run(
+            asked, replace(settings, steps=math.ceil(part * settings.steps)), layer.depth, within, start
+        )
 
     def pair(self, layer: Layer) -> int | None:
         """A state that this edit led to: today's, else the last; None: it was never made."""
@@ -188,14 +214,18 @@ class Walk:
 
 
 def support(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Where two scaled latents are apart, and the same with the cells around, (1, 1, h, w) of bool both.
+    """Where two scaled latents are far apart, and where they are apart at all; (1, 1, h, w) of bool both.
 
-    By more than `APART` in a channel, or than a quarter of where they are apart the most if that is less; never where
-    they are equal to the bit, as a mask keeps them.
+    By more than twice `APART` in a channel, and by `APART`, or by a half and a quarter of the most where that is less;
+    and in the cells around; everywhere if most cells are apart by half of that, as a look leaves them. Never where they
+    are equal to the bit, as a mask keeps them.
     """
     apart = (a - b).abs().amax(1, keepdim=True)
-    far = apart > min(APART, apart.max().item() / 4)
-    return far, (F.max_pool2d(far.float(), 2 * REACH + 1, 1, REACH) > 0) & (apart > 0)
+    if (apart > min(APART, apart.max().item() / 4) / 2).float().mean() > 0.5:
+        return apart > 0, apart > 0
+    levels = [min(part * APART, part / 4 * apart.max().item()) for part in (2, 1)]
+    far, near = (F.max_pool2d((apart > level).float(), 2 * REACH + 1, 1, REACH) > 0 for level in levels)
+    return far & (apart > 0), near & (apart > 0)
 
 
 def layers(canvas) -> list[Layer]:
@@ -222,9 +252,25 @@ def wanted(canvas, change: str, k: int, *more, **revised) -> list[Layer]:
         if not 0 <= (strength := as_finite(strength, "strength")) <= 1:
             raise CanvasError(f"strength is from 0, as before the edit, to 1, all of it, not {strength:g}")
         edits[at] = replace(one, strength=strength)
+    elif change == "scrub":
+        edits[at] = scrub(canvas, one, canvas.stack[at], *more, **revised)
     else:
         edits[at] = revise(canvas, one, **revised)
     return edits
+
+
+def scrub(canvas, layer: Layer, state: State, part: float, **revised) -> Layer:
+    """An edit that goes on from a step of the one that led to `state`, see `Canvas.scrub`."""
+    settings, part = layer.asked(canvas)[1], as_part(part, "part")
+    if other := revised.keys() - {"instruction", "mask"} - SCRUBBED:
+        raise CanvasError(f"{min(other)} cannot change within an edit, only {', '.join(sorted(SCRUBBED))}")
+    if settings.sampler != "euler_ancestral" or settings.reuse > 1 or settings.reuse_guidance is not None:
+        raise CanvasError("only an edit by euler_ancestral that reuses nothing can change within: others remember more")
+    changed = revise(canvas, layer, **revised)
+    step = round((1 - part) * settings.steps)
+    return replace(
+        changed, settings=changed.settings | {"scrubbed": {"step": step, "of": state.id}} if step else changed.settings
+    )
 
 
 def place(k: object, n: int) -> int:
@@ -241,7 +287,7 @@ def revise(
     **changes,  # type: ignore[assignment]
 ) -> Layer:
     """An edit with another instruction, mask (None: everywhere; ... : as it was) or other settings."""
-    record = dict(layer.settings)
+    record = {name: value for name, value in layer.settings.items() if name != "scrubbed"}
     own = record.pop("own", [])
     settings = Settings(**record | {"allow_empty": True} | changes).resolve(canvas.editor.config.sampling, canvas.seed)
     if instruction is None and mask is ...:

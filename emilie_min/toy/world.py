@@ -5,7 +5,7 @@ A `Scene` is data and `pixels` its only rendering, so that "turn the circle into
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 
@@ -281,6 +281,39 @@ def chain(seed: int, n: int, held_out: bool = False) -> tuple[Scene, list[tuple[
         steps.append(instruct(now, f"{seed} {i}", held_out=held_out))
         now = steps[-1][1]
     return first, steps
+
+
+def without(first: Scene, scenes: Sequence[Scene], k: int) -> Scene | None:
+    """The scene that all edits but the k-th, from 0, lead to; None where a later one touches what that one changed.
+
+    Also where a shape stands twice in between: an instruction then does not say which it means.
+    """
+    chain, now = [first, *scenes], first
+    for i, (before, after) in enumerate(zip(chain, chain[1:])):
+        if i == k:
+            taken = parts(before, after)
+            continue
+        changed = parts(before, after)
+        if i > k and changed.keys() & taken.keys():
+            return None
+        now = put(now, changed)
+        if len({o.shape for o in now.objects}) < len(now.objects):
+            return None
+    return now
+
+
+def parts(before: Scene, after: Scene) -> dict[str, object]:
+    """What an edit changed: "background", "style" and places, with what is there then."""
+    old, new = ({o.place: o for o in scene.objects} for scene in (before, after))
+    changed = {place: new.get(place) for place in PLACES if old.get(place) != new.get(place)}
+    names = ("background", "style")
+    return changed | {n: getattr(after, n) for n in names if getattr(before, n) != getattr(after, n)}
+
+
+def put(scene: Scene, changed: dict) -> Scene:
+    objects = {o.place: o for o in scene.objects} | {p: o for p, o in changed.items() if p in PLACES}
+    looks = {name: what for name, what in changed.items() if name not in PLACES}
+    return replace(scene, objects=tuple(o for o in objects.values() if o), **looks)
 
 
 def caption(scene: Scene) -> str:

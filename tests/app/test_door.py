@@ -288,6 +288,21 @@ def test_one_is_stopped_without_another(page, caller, gate):
     assert len(caller.visitor.canvas.states) == 1 and len(other.visitor.canvas.states) == 2
 
 
+def test_an_edit_that_waits_is_stopped_too(page, caller, gate):
+    from pages import Caller
+
+    other = Caller(page).enter()
+    assert other.join(EDIT, other.edit("make it night"))[0] == 200
+    until(lambda: other.visitor.busy.locked())
+    assert caller.join(EDIT, caller.edit("make it night"))[0] == 200  # and waits, for the networks do one at a time
+    assert caller.ask("POST", f"/stop/{caller.key}", b"")[0] == 204
+    gate.set()
+    assert "stopped before it began" in json.dumps(caller.results())
+    assert "Edit 1: make it night" in json.dumps(other.results())
+    assert len(caller.visitor.canvas.states) == 1
+    assert "Edit 1" in caller.do(EDIT, caller.edit("make it night"))  # and what is asked for later is done
+
+
 def test_a_closed_page_stops_its_edit(caller, gate):
     assert caller.join(EDIT, caller.edit("make it night"))[0] == 200
     stream = caller.open_stream()
@@ -347,9 +362,24 @@ def test_only_from_this_computer(caller):
     assert caller.ask("POST", f"/stop/{caller.key}", b"", Origin=caller.page.url[:-1])[0] == 204
 
 
-def test_with_a_password(editor):
+def test_few_wrong_passwords_are_heard(editor, monkeypatch):
     from pages import Caller, served
 
+    monkeypatch.setattr(door, "WHILE", 2.0)
+    with served(editor, local=False, password="ann:pw") as page:
+        right = Caller(page, "ann:pw")
+        for _ in range(3):
+            assert Caller(page).ask("GET", "/")[0] == 401  # who has said none yet
+        asked = [Caller(page, f"ann:{i}").ask("GET", "/")[0] for i in range(door.WRONG + 5)]
+        assert asked == [401] * door.WRONG + [429] * 5
+        assert right.ask("GET", "/theme.css")[0] == 429  # or the right one could be found while waiting
+        until(lambda: right.ask("GET", "/theme.css")[0] == 200, 10)
+
+
+def test_with_a_password(editor, monkeypatch):
+    from pages import Caller, served
+
+    monkeypatch.setattr(door, "WRONG", 10**6)
     with served(editor, local=False, password="ann:p:w") as page:
         right = Caller(page, "ann:p:w").enter()
         ways = [

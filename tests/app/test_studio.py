@@ -21,6 +21,7 @@ from PIL import Image
 
 import emilie_min
 from emilie_min.app import studio, visitor
+from emilie_min.app.layers import change, stack_html
 from emilie_min.app.visitor import Visitor
 from emilie_min.canvas.canvas import Canvas
 from emilie_min.errors import CanvasError, CheckpointError, EmilieError, ImageError, InstructionError, MaskError
@@ -458,3 +459,43 @@ def test_the_page_asks_nothing_of_any_other_computer(person, page):
     assert len(urls) > 10 and [url for url in urls if not url.startswith(own)] == []
     errors = [e for e in person.driver.get_log("browser") if e["level"] == "SEVERE"]
     assert errors == []
+
+
+@in_browser
+def test_a_person_hides_weakens_drags_and_takes_out_edits(person):
+    session = person.visit()
+    for n, text in enumerate(("make it night", "make it day"), 1):
+        person.say(text)
+        person.click("#go")
+        person.until(lambda n=n: len(person.all("#stack .layer")) == n)
+    canvas, before = session.canvas, session.canvas.latent
+    person.click("#stack [data-change=hide]")
+    person.until(lambda: person.all("#stack .layer.hidden") and "hide edit 1" in person.told)
+    assert [state.shown for state in canvas.stack] == [False, True]
+    person.click("#stack [data-change=show]")
+    person.until(lambda: not person.all("#stack .layer.hidden") and "no network call" in person.told)
+    assert (canvas.latent == before).all()
+    slide = "const s = document.querySelectorAll('#stack input')[1]; s.value = 0.5; "
+    person.driver.execute_script(slide + "s.dispatchEvent(new Event('change', {bubbles: true}))")
+    person.until(lambda: canvas.state.strength == 0.5 and "strength edit 2" in person.told)
+    drag = """const [a, b] = document.querySelectorAll('#stack .layer'), dataTransfer = new DataTransfer();
+        for (const [on, type] of [[b, 'dragstart'], [a, 'dragover'], [a, 'drop']])
+            on.dispatchEvent(new DragEvent(type, {bubbles: true, cancelable: true, dataTransfer}));"""
+    person.driver.execute_script(drag)
+    person.until(lambda: [state.depth for state in canvas.stack] == [1, 0] and "move edit 2" in person.told)
+    person.click("#stack [data-change=retract]")
+    person.until(lambda: len(person.all("#stack .layer")) == 1)
+    assert [state.instruction for state in canvas.stack] == ["make it night"]
+    person.click("#undo")
+    person.until(lambda: len(person.all("#stack .layer")) == 2)
+
+
+def test_what_the_stack_is_asked_is_checked(session):
+    list(session.edit("make it night", steps=1))
+    at = session.canvas.at
+    for asked in (None, {}, {"state": "1"}, {"state": "9", "change": "hide"}, {"state": "1", "change": "forget"}):
+        with pytest.raises(EmilieError):
+            list(change(session, asked))
+    assert session.canvas.at == at
+    list(change(session, {"state": "1", "change": "retract", "value": "0"}))
+    assert session.canvas.stack == [] and stack_html(session.canvas) == "" == stack_html(None)

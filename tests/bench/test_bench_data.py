@@ -771,3 +771,15 @@ def test_what_is_wrong_with_edival_s_table_is_told_by_line(edival, tmp_path, old
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(BenchError, match=told):
         readers.import_("edival", edival, tmp_path / "out")
+
+
+def test_undone_later_the_others_stay(tmp_path):
+    data.make(tmp_path / "b", scenes=20, kind="undo-later")
+    items = data.read(tmp_path / "b")
+    assert [len(item.turns) for item in items] == [2] * 5 + [3] * 5 + [4] * 5 + [5] * 5
+    for item in items:
+        first, *_, before, last = (item.truth, *(turn.truth for turn in item.turns))
+        changed = world.parts(first, item.turns[0].truth)
+        assert all(not world.parts(last, first).get(part) for part in changed)  # as at first there
+        assert world.parts(before, last).keys() == changed.keys()  # and nothing else is undone
+    assert all(item.turns[1].truth == item.truth for item in items[:5])

@@ -72,6 +72,22 @@ def test_a_report_s_means_follow_from_its_edits(name):
                     assert float(told) == pytest.approx(mean, abs=0.51 * 10 ** -len(told.split(".")[1]))
 
 
+def test_what_doing_less_costs_follows_from_its_edits():
+    of = {}
+    for edit in csv.DictReader((HERE / "less.csv").read_text().splitlines()):
+        of.setdefault(edit["method"], {})[edit["item"]] = [
+            float(edit[k]) for k in ("correct", "psnr_target", "seconds")
+        ]
+    told = re.findall(
+        r"^\| `(emilie:.+?)` \| (.+?) \| (.+?) \| (.+?) \|$", (HERE.parent / "speed" / "README.md").read_text(), re.M
+    )
+    assert len(told) == len(of) > 10
+    for method, *figures in told:
+        right, psnr, seconds = np.array(list(of[method].values())).T
+        ratio = seconds / [of["emilie:steps=50"][item][2] for item in of[method]]
+        assert figures == [f"{right.mean():.2f}", f"{psnr.mean():.1f}", f"{np.median(ratio):.2f}"], method
+
+
 def test_eq8_as_printed_gets_no_masked_turn_right():
     edits = list(csv.DictReader((HERE / "imie.csv").read_text().splitlines()))
     items = {item.id: item for item in (data.MAKERS["imie"](i, data.FIRST + i, 4) for i in range(24))}

@@ -8,6 +8,7 @@ from emilie_min.canvas import stack
 from emilie_min.canvas.stack import Walk, layers, support
 from emilie_min.emilie import Editor
 from emilie_min.errors import CanvasError, EmilieError, InstructionError, MaskError
+from emilie_min.sampling import anchor, get_sigmas, noise_stream, sample_euler_ancestral
 from emilie_min.toy import world
 from emilie_min.toy.judge import judge
 
@@ -65,7 +66,7 @@ def test_disjoint_masks_need_no_call_for_each_other(three):
 def test_where_it_never_mattered_nothing_changes_to_the_bit(three):
     before = three.latent
     three.retract(2)
-    assert three.state.made["calls"] == 2 == three.editor.calls  # "make it day" again, where the comic was
+    assert three.state.made["calls"] == 1 == three.editor.calls  # "make it day" again, where the comic was
     assert torch.equal(three.latent[..., :10], before[..., :10])
     assert not torch.equal(three.latent[..., RIGHT_CELLS], before[..., RIGHT_CELLS])
     assert told(three) == ["make it night", "make it day"] and [s.depth for s in three.stack] == [0, 2]
@@ -186,10 +187,13 @@ def test_support_is_where_latents_are_apart_and_a_cell_around():
     a = torch.zeros(1, 4, 6, 6)
     b = a + 0.01
     b[0, 2, 3, 3] = 1
-    core, reach = support(a, b)
-    assert core.nonzero().tolist() == [[0, 0, 3, 3]] and reach.sum() == 9
+    b[0, 0, 0, 0] = 0.3
+    far, near = support(a, b)
+    assert far.sum() == 9 and near.sum() == 9 + 4 and far[0, 0, 2:5, 2:5].all() and near[0, 0, :2, :2].all()
     b[..., 4] = 0  # as a mask keeps it
-    assert support(a, b)[1].sum() == 6
+    assert support(a, b)[0].sum() == 6
+    b[:, 1] = 0.2
+    assert support(a, b)[0].all()  # a little, but nearly everywhere
     assert not support(a, a)[1].any() and support(a, a + 0.02)[1].all()  # little, but everywhere
 
 
@@ -218,3 +222,43 @@ def test_the_shipped_model_without_the_first_edit(shipped):
     right = world.Scene(scene.background, scene.style, (one, world.replace(other, colour="purple")))
     assert judge(canvas.image, right).correct
     assert len(Walk(canvas, "support").layers) == len(canvas.states) - 1 and len(layers(canvas)) == 1
+
+
+def test_scrubbed_is_a_whole_edit_that_changes_at_that_step(counting):
+    """Against Euler's steps written out: the first half of one edit, the second of another."""
+    canvas = emilie.open(world.render(world.scene(3)), counting, seed=5)
+    canvas.edit("make it night", steps=4, text_scale=3.0)
+    counting.calls = 0
+    canvas.scrub(1, 0.5, text_scale=1.0, mask=LEFT)
+    assert counting.calls == 2 == canvas.state.made["calls"]
+
+    def settings(scale):
+        return emilie.Settings(steps=4, text_scale=scale).resolve(counting.config.sampling, 5)
+
+    def denoiser(scale):
+        return canvas.denoiser(
+            canvas.z_img, canvas.asked(["make it night"], [None], [{}], settings(scale)), settings(scale)
+        )
+
+    mask, source = canvas.read_mask(LEFT)[1], canvas.states[0].latent
+    draw, sigmas = noise_stream(tuple(source.shape), 5, "edit", 0), get_sigmas(4, counting.alphas_cumprod)
+    *_, early = zip(range(3), sample_euler_ancestral(denoiser(3.0), canvas.z_init * sigmas[0].item(), sigmas, draw))
+    draw = noise_stream(tuple(source.shape), 5, "edit", 0)
+    draw(), draw()
+    *_, last = sample_euler_ancestral(denoiser(1.0), early[1].x, sigmas[2:], draw, anchor(mask, source))
+    assert torch.equal(canvas.latent, torch.where(mask == 0, source, last.x))
+
+
+def test_a_scrubbed_edit_is_saved_and_made_again_elsewhere(three, tmp_path):
+    three.branch(2)
+    three.scrub(2, 0.5, text_scale=1.1)
+    three.save(tmp_path / "a.canvas")
+    again = emilie.open(tmp_path / "a.canvas", three.editor)
+    for canvas in (three, again):
+        canvas.retract(1, way="replay")
+    assert torch.equal(three.latent, again.latent) and three.state.made["calls"] == 4 - 1
+    with pytest.raises(CanvasError, match="steps cannot change"):
+        three.scrub(1, 0.5, steps=3)
+    three.edit("make it day", sampler="dpmpp_2m", **FAST)
+    with pytest.raises(CanvasError, match="euler_ancestral"):
+        three.scrub(2, 0.5, text_scale=1.1)

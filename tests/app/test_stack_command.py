@@ -1,0 +1,64 @@
+"""`emilie stack`: a session's edits changed from the command line."""
+
+import numpy as np
+import pytest
+from command import run
+from PIL import Image
+
+import emilie_min as emilie
+
+MODEL = ["--weights", "random", "--config", "toy", "--device", "cpu"]
+
+
+@pytest.fixture
+def session(photo, editor):
+    canvas = emilie.open("photo.png", editor)
+    canvas.edit("make it night", (0, 0, 24, 64), steps=1)
+    canvas.edit("make it day", (40, 0, 64, 64), steps=1)
+    canvas.save("s.canvas")
+    return canvas
+
+
+def test_the_stack_is_told_and_changed(session, editor, capsys):
+    code, out, _ = run("stack", "s.canvas", *MODEL, capsys=capsys)
+    assert code == 0 and "1. make it night (in a mask)\n2. make it day (in a mask)" in out
+    for change in (["hide", 1], ["move", 1, 2], ["strength", 1, 0.5], ["retract", 2]):
+        code, out, err = run("stack", "s.canvas", *change, *MODEL, capsys=capsys)
+        assert code == 0 and not err and "; 0 network calls" in out
+    assert "1. make it day (strength 0.5, in a mask)" in out and "night" not in out
+    canvas = emilie.open("s.canvas", editor)
+    assert np.array_equal(Image.open(f"out/s_{canvas.at}.png"), canvas.image) and len(canvas.stack) == 1
+    code, out, _ = run(
+        "stack", "s.canvas", "revise", 1, "make it night", "--everywhere", "--steps", 2, *MODEL, capsys=capsys
+    )
+    canvas = emilie.open("s.canvas", editor)
+    assert code == 0 and canvas.stack[0].instruction == "make it night" and canvas.stack[0].mask is None
+    assert canvas.stack[0].settings["steps"] == 2 and canvas.stack[0].strength == 0.5
+    assert run("stack", "s.canvas", "scrub", 1, 0.5, "--text-scale", 2, *MODEL, capsys=capsys)[0] == 0
+    assert run("stack", "s.canvas", "undo", *MODEL, capsys=capsys)[0] == 0
+    assert run("stack", "s.canvas", "undo", *MODEL, capsys=capsys)[0] == 0
+    assert emilie.open("s.canvas", editor).stack[0].instruction == "make it day"
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["forget", 1], "choose from retract"),
+        (["retract"], "write: emilie stack SESSION retract K"),
+        (["move", 1], "move K TO"),
+        (["strength", 1, "x"], "write numbers"),
+        (["hide", 1, "--steps", 3], "for `revise` and `scrub`"),
+        (["revise", 1], "say what to revise"),
+        (["revise", 1, "--box", "0,0,9,9", "--everywhere"], "choose one"),
+        (["hide", 7], "no edit 7"),
+    ],
+)
+def test_what_cannot_be_is_told_and_changes_nothing(args, told, session, capsys):
+    before = open("s.canvas", "rb").read()
+    code, _, err = run("stack", "s.canvas", *args, *MODEL, capsys=capsys)
+    assert code == 2 and told in err[-1] and open("s.canvas", "rb").read() == before
+
+
+def test_what_is_no_session_is_told(photo, capsys):
+    code, _, err = run("stack", photo, "hide", 1, *MODEL, capsys=capsys)
+    assert code == 2 and "is no session" in err[-1]

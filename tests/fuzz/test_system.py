@@ -1,0 +1,101 @@
+"""A system that lacks something, each case by hand: one line and exit code 2, and nothing is damaged."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+
+import pytest
+
+import emilie_min as emilie
+
+from .judge import Case, files, full, judge, run
+from .kinds import MODEL, NIGHT, prepare
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("clean"))
+
+
+@pytest.fixture
+def folder(clean, tmp_path):
+    return shutil.copytree(clean, tmp_path / "here")
+
+
+EDIT = ["edit", "photo.png", NIGHT, *MODEL]
+LINES = {
+    "help": ["--help"],
+    "an edit": EDIT,
+    "info": ["info", "tiny.safetensors"],
+    "convert": ["convert", "tiny.safetensors", "out.safetensors", "--overwrite", "--config", "tiny.yaml"],
+    "check": ["bench", "check", "b"],
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_standard_output_that_is_full_or_gone(name, folder):
+    """`convert` replaces nothing where it then could not say so."""
+    (folder / "out.safetensors").write_bytes(b"mine")
+    before = files(folder)
+    result = run(Case(LINES[name], stdout="full"), folder)
+    assert result.code == 2 and result.err.splitlines()[-1:] == [
+        "emilie: error: standard output cannot be used: No space left on device"
+    ]
+    gone = run(Case(LINES[name], stdout="gone"), folder)
+    assert (gone.code, gone.err) == (128 + signal.SIGPIPE, "")
+    assert files(folder) == before
+
+
+def test_standard_output_or_error_that_is_closed_or_full_stops_no_edit(folder):
+    assert run(Case(EDIT, stdout="closed"), folder).code == 0
+    assert len(list((folder / "out").glob("*.png"))) == 2
+    assert run(Case(EDIT, stderr="full"), folder).code in (0, 2)
+    assert run(Case(EDIT, stderr="gone"), folder).code in (0, 128 + signal.SIGPIPE)
+
+
+def breaks(name: str):
+    def before() -> None:
+        setattr(os, name, full)
+
+    return before
+
+
+@pytest.mark.parametrize("name", ["an edit", "convert"])
+@pytest.mark.parametrize("how", ["fsync", "replace", 4096, 300_000])
+def test_a_full_disk(name, how, folder):
+    (folder / "out.safetensors").write_bytes(b"mine")
+    limits = {resource.RLIMIT_FSIZE: how} if isinstance(how, int) else {}
+    case = Case(LINES[name], limits=limits, before=breaks(how) if isinstance(how, str) else None)
+    case.refuse = name == "convert" or how != 300_000
+    assert judge(case, folder)[0] == []
+
+
+def test_too_many_open_files_and_no_memory(folder):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    for limits in ({resource.RLIMIT_NOFILE: 4}, {resource.RLIMIT_AS: used + 3_000_000}):
+        assert judge(Case(EDIT, True, limits=limits), folder)[0] == []
+
+
+def test_a_session_is_whole_after_a_full_disk(folder):
+    shutil.copy(folder / "s.canvas", folder / "c.canvas")
+    case = Case(["edit", "make it day", "--canvas", "c.canvas", *MODEL], True, limits={resource.RLIMIT_FSIZE: 95_000})
+    assert judge(case, folder)[0] == []
+    editor = emilie.load(folder / "tiny.safetensors", folder / "tiny.yaml", device="cpu")
+    assert len(emilie.open(folder / "c.canvas", editor).states) == 3
+
+
+def test_a_run_that_ended_in_an_error_goes_on(folder):
+    line = ["bench", "run", "b", "--methods", "ip2p,emilie", "--out", "r2", *MODEL]
+    assert judge(Case(line, True, limits={resource.RLIMIT_FSIZE: 1500}), folder)[0] == []
+    assert judge(Case(line, False, changes=("r2/run.json",)), folder)[0] == []
+    records = list((folder / "r2").glob("edits/*/*/*/1.json"))
+    assert len(records) == 2 and not any(json.loads(path.read_text())["error"] for path in records)
+
+
+@pytest.mark.parametrize("option", ["--device", "--tokenizer", "--out", "--canvas"])
+def test_names_that_no_file_can_have(option, folder):
+    for value in ["b/" * 3000] if option != "--device" else ["privateuseone"]:
+        short, _ = judge(Case([*EDIT, option, value]), folder)
+        assert short == [], (option, value[:20])
