@@ -136,8 +136,7 @@ def page() -> str:
         twins=items("twins"),
         imie=items("imie"),
         diffedit=diffedit,
-        clip="\nThe small world's scores are by its own CLIP and BLIP-2, which have seen no photo; how far they can be trusted "
-        "stands\nin the report."
+        clip="\nThe small world's scores are by its own CLIP and BLIP-2, which have seen no photo."
         if scored
         else "\nThe report has no scores of CLIP and BLIP yet: `emilie bench report` adds them.",
         concat=" Concat has not been run yet." if ends["concat"] == NONE else "",
