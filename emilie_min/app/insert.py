@@ -2,10 +2,11 @@
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 from ..errors import BenchError, CanvasError, EmilieError, ImageError, MaskError, say
-from .edit import add_settings, claimed, read_box, resolution, settings
+from .edit import add_settings, claimed, gone_without_edits, read_box, resolution, settings
 from .options import add_model_options, add_path_options, load_editor, tell_foreign, writable
 
 GRID = 40  # rows of a grid at most
@@ -23,6 +24,8 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--format", metavar="TEXT", help='how a caption becomes an instruction (default: "add {caption}")')
     sub.add_argument("--graconet", type=Path, metavar="FILE", help="GracoNet's 11.pth (default: the small model)")
     sub.add_argument("--blip2", metavar="MODEL", help="a folder, or a name in the hub's cache (default: the small one)")
+    told = "the object itself: redraw its paste in this last part of the steps alone, 0 to 1 (0.25 if not given)"
+    sub.add_argument("--keep", type=float, nargs="?", const=0.25, metavar="PART", help=told)
     add_settings(sub)
     sub.add_argument("--resolution", type=resolution, help='longer side to work at, in px, or "native"')
     sub.add_argument("--canvas", type=Path, metavar="FILE", help="keep the session here; goes on with one that exists")
@@ -35,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from ..canvas import about, images
     from ..canvas.canvas import open as open_canvas
     from ..canvas.photo import Photo, open_photo
-    from ..canvas.session import is_session
+    from ..canvas.session import is_session, start
     from ..canvas.strip import strip
     from ..insert import insertion
 
@@ -77,12 +80,16 @@ def run(args: argparse.Namespace) -> None:
     say(f'the inset shows "{planned.caption}"; proposals {", ".join(map(str, planned.boxes))} (x, y, w, h)')
 
     first = len(canvas.states)
-    with claimed(folder, args.base.stem, range(first, first + 1), going_on, args.canvas) as (name, session):
+    begin = partial(start, canvas)
+    with (
+        claimed(folder, args.base.stem, range(first, first + 1), going_on, args.canvas, begin) as (name, session),
+        gone_without_edits(None if going_on else session, canvas),
+    ):
         columns = [
             (planned.outlined(take), "where: GracoNet's proposals" if at is None else "where: as it was said", None),
             (planned.pasted(take), "the plain paste: GracoNet alone", None),
         ]
-        draw(planned, take, changes)
+        draw(planned, take, args.keep, changes)
         columns.append((canvas.image, f"EMILIE: {canvas.state.instruction}", None))
         stem = f"{name}_{canvas.at}"
         for image, what in ((columns[0][0], "proposals"), (columns[1][0], "paste")):
@@ -125,7 +132,7 @@ def over_benchmark(args: argparse.Namespace, changes: dict) -> None:
                 planned = insertion.plan(canvas, *given, proposer, captioner)
                 columns = [(planned.outlined(args.take - 1), f"{item.id}: proposals", None)]
                 columns.append((planned.pasted(args.take - 1), f"pasted: {planned.caption}", None))
-                draw(planned, args.take - 1, changes)
+                draw(planned, args.take - 1, args.keep, changes)
             except EmilieError as error:
                 say(f"{item.id} is left out: {error}")
                 continue
@@ -142,11 +149,12 @@ def over_benchmark(args: argparse.Namespace, changes: dict) -> None:
     say(f"wrote {images.save(grid.crop((0, 0, grid.width, top)), folder / 'grid.png')}")
 
 
-def draw(planned, take: int, changes: dict) -> None:
+def draw(planned, take: int, keep: float | None, changes: dict) -> None:
     """The edit, with a bar of its steps."""
     from tqdm import tqdm
 
+    steps = planned.steps(take, **changes) if keep is None else planned.keep_steps(take, keep, **changes)
     total = changes.get("steps") or planned.canvas.editor.config.sampling.steps
-    with tqdm(total=total, desc=planned.instruction(take), leave=True) as bar:
-        for step in planned.steps(take, **changes):
+    with tqdm(total=total if keep is None else max(1, round(keep * total)), desc=planned.instruction(take)) as bar:
+        for step in steps:
             bar.update(step.sigma > 0)

@@ -53,7 +53,8 @@ def overall(rows: Sequence, scores: list[str]) -> Table:
     table = []
     for score in scores:
         items = grouped(rows, score)
-        found = [interval(items, of) for of in (pooled_auc, pooled_correlation, paired, within_correlation)]
+        pooled = [interval(items, of) for of in (pooled_auc, pooled_correlation)]
+        found = [*pooled, paired(items), interval(items, within_correlation)]
         n = sum(len(t) for groups in items for t, _ in groups)
         table.append((METRICS[score].title, n, *found))
     note = (
@@ -78,7 +79,7 @@ def by_kind(rows: Sequence, scores: list[str]) -> Table:
     for kind in world.KINDS:
         of = [r for r in rows if (told := instruction(r)) in known and words.kind(told) == kind]
         counted = sum(pairs_of(groups)[1] for groups in grouped(of, scores[0])) if of else 0
-        table.append((kind, int(counted), *(interval(grouped(of, score), paired) for score in scores)))
+        table.append((kind, int(counted), *(paired(grouped(of, score)) for score in scores)))
     columns = ("kind", "pairs", *(METRICS[s].title for s in scores))
     note = "The share of pairs, of one instruction, of which the edit that was made scores higher."
     return Table("Pairs within an instruction, by its kind", columns, table, note)
@@ -124,9 +125,14 @@ def pooled_correlation(items: list[Groups]) -> float:
     return correlation(*flat(items))
 
 
-def paired(items: list[Groups]) -> float:
-    won, of = (sum(parts) for parts in zip(*(pairs_of(groups) for groups in items))) if items else (0.0, 0)
-    return won / of if of else float("nan")
+def paired(items: list[Groups]) -> Value | None:
+    """The share of pairs within an instruction of which the edit that was made wins, with its interval."""
+    counts = np.array([pairs_of(groups) for groups in items]).reshape(-1, 2)
+    if not counts[:, 1].sum():
+        return None
+    won, of = counts[np.random.default_rng(0).integers(len(counts), size=(DRAWS, len(counts)))].sum(1).T
+    drawn = won[of > 0] / of[of > 0]
+    return Value(float(np.divide(*counts.sum(0))), *np.percentile(drawn, (2.5, 97.5)).tolist(), 2)
 
 
 def pairs_of(groups: Groups) -> tuple[float, int]:

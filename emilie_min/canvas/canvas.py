@@ -126,6 +126,11 @@ class Canvas:
         """The edits that led to the current picture, first to last."""
         return [state for state in self.stack if state.shown]
 
+    @property
+    def depth(self) -> int:
+        """Which noise the next edit draws: one more than any edit that led here."""
+        return 1 + max((i if state.depth is None else state.depth for i, state in enumerate(self.stack)), default=-1)
+
     def edit(self, instruction: str | Sequence[tuple], mask: Mask | None = None, **changes) -> Image.Image:
         """Follow an instruction, inside a mask if there is one, and make the result the current state.
 
@@ -146,8 +151,7 @@ class Canvas:
         """
         settings = Settings(**changes).resolve(self.editor.config.sampling, self.seed)
         asked = self.asked(*regions.read(instruction, mask, settings.allow_empty), settings)
-        depths = [depth if state.depth is None else state.depth for depth, state in enumerate(self.stack)]
-        return self.run(asked, settings, max(depths, default=-1) + 1)
+        return self.run(asked, settings, self.depth)
 
     def asked(self, texts: list[str], given: Sequence[Mask | None], own: list[dict], settings: Settings) -> Asked:
         """An edit's instructions, masks and regions' own settings, checked. Raises MaskError, InstructionError."""

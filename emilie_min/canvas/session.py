@@ -85,6 +85,7 @@ RECORD = {  # fields of State, as JSON; those with "?" are written where they ar
     "shown?": bool | None,
     "strength?": int | float,
     "made?": {"change": str, "edit": int, "way": str, "from": str, "calls": int},
+    "inserted?": dict,
 }
 ROOT = RECORD | {"parent": NoneType, "settings": dict, "f": NoneType}
 DEFAULTS = {field.name: field.default for field in fields(State)}

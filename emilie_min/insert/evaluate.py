@@ -6,18 +6,22 @@ Every rate is over 200 unseen pairs or pictures (`--pairs`); chance stands besid
 """
 
 import argparse
+import itertools
 import json
 import random
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from ..bench.metrics import ClipScorer
 from ..canvas.canvas import open as open_canvas
+from ..canvas.insets import Inset
 from ..checkpoint.writing import write_bytes
 from ..emilie import Editor
 from ..loading import load, shipped
@@ -27,11 +31,16 @@ from .caption import Captioner
 from .pairs import Pair
 from .train_words import UNSEEN, inset
 
+KEPT = 61_500_000  # the first pair that `keeping` is measured on
 CODES, AMONG = 8, 100  # proposals of a pair; captions to choose from
 
 
 def share(outcomes: list[bool]) -> float:
     return round(float(np.mean(outcomes)), 3)
+
+
+def mean(values: list[float]) -> float:
+    return round(float(np.mean(values)), 1)
 
 
 def proposals(net: graconet.GracoNet | None, n: int, how: str = "as it is") -> dict:
@@ -121,6 +130,65 @@ def together(editor: Editor, net: graconet.GracoNet, captioner: Captioner, n: in
     }
 
 
+def keeping(editor: Editor, n: int, levels: tuple[float, ...] = (0.1, 0.17, 0.25, 0.34, 0.5, 1.0)) -> dict:
+    """`Plan.keep_steps` at several levels, beside the plain paste and EMILIE's own object.
+
+    "another style": insets in another style than the scene's, put into a free place. right: to the judge, in the
+    scene's style; off: mean difference from the right picture in that place, grey levels.
+    "another colour": insets in a colour between two of the world's, which no word says. off: how far the object's
+    colour is from the inset's.
+    """
+    found: dict = {"another style": {}, "another colour": {}}
+    pairs_of_other_styles = filter(lambda p: p.style != p.scene.style, map(pairs.pair, itertools.count(KEPT)))
+    for i, p in enumerate(itertools.islice(pairs_of_other_styles, n)):
+        place = p.free[0]
+        x0, y0, *_ = (int(v) for v in pairs.right_boxes(p)[list(world.PLACES).index(place)])
+        own = replace(p.thing, place=place) if p.whole else replace(p.thing, place=place, dx=0, dy=0)
+        truth = replace(p.scene, objects=(*p.scene.objects, own))
+        for how, image in kept(editor, p, (x0, y0, *p.inset.size), levels, i).items():
+            off = np.abs(cell(image, place) - cell(world.render(truth), place)).mean()
+            found["another style"].setdefault(how, []).append((judge.judge(image, truth).correct, off))
+    for i in range(n):
+        p = pairs.pair(KEPT + i)
+        other = random.Random(i).choice([c for c in world.COLOURS if c != p.thing.colour])
+        style, size = p.scene.style, world.CELL
+        ground = world.background_pixels(p.scene.background, style)[:size, :size]
+        colour = 0.6 * world.colour_pixel(p.thing.colour, style) + 0.4 * world.colour_pixel(other, style)
+        cover = world.alpha(p.thing.shape, 0, 0)
+        tile = Image.fromarray((ground + cover * (colour - ground) + 0.5).astype(np.uint8))
+        mask = Image.fromarray((cover[..., 0] * 255 + 0.5).astype(np.uint8))
+        p, place = replace(p, inset=tile, mask=mask), p.free[0]
+        y, x = world.PLACES[place]
+        for how, image in kept(editor, p, (x, y, world.CELL, world.CELL), levels, i).items():
+            off = np.abs(cell(image, place)[cover[..., 0] == 1].mean(0) - colour).mean()
+            found["another colour"].setdefault(how, []).append(off)
+    style = {
+        how: {"right": share([right for right, _ in each]), "off": mean([off for _, off in each])}
+        for how, each in found["another style"].items()
+    }
+    colour = {how: {"off": mean(each)} for how, each in found["another colour"].items()}
+    return {"pairs": n, "another style": style, "another colour": colour}
+
+
+def kept(editor: Editor, p: Pair, box: graconet.Box, levels: tuple[float, ...], seed: int) -> dict[str, Image.Image]:
+    """The plain paste, what is kept at each level, and a new object."""
+    canvas = open_canvas(p.base, editor, seed=seed)
+    planned = insertion.Plan(canvas, Inset(p.inset, p.inset, p.mask), p.caption, [box], insertion.FORMATS[1])
+    out = {"paste": planned.pasted()}
+    ways = {f"keep {level:g}": planned.keep_steps(level=level) for level in levels} | {"new object": planned.steps()}
+    for how, steps in ways.items():
+        for _ in steps:
+            pass
+        out[how] = canvas.image
+        canvas.undo()
+    return out
+
+
+def cell(image: Image.Image, place: str) -> np.ndarray:
+    y, x = world.PLACES[place]
+    return np.asarray(image, float)[y : y + world.CELL, x : x + world.CELL]
+
+
 def evaluate(editor: Editor, n: int = 200) -> dict:
     net, captioner = insertion.load_proposer(editor), insertion.load_captioner(editor)
     with warnings.catch_warnings():
@@ -133,6 +201,7 @@ def evaluate(editor: Editor, n: int = 200) -> dict:
                 for name in ("toy-clip", "toy-clip-captions")
             },
             "insertion": together(editor, net, captioner, n),
+            "keep": keeping(editor, n * 3 // 10),
         }
     return found
 

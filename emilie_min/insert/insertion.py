@@ -9,16 +9,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+import torch
+from PIL import Image, ImageDraw, ImageFilter
 
-from ..canvas.canvas import Canvas
+from ..canvas import images
+from ..canvas.canvas import SAMPLERS, Canvas
 from ..canvas.insets import Inset, read_inset
 from ..canvas.pictures import Picture
+from ..canvas.regions import Asked
+from ..canvas.settings import Settings, as_part
+from ..canvas.state import State
 from ..canvas.strip import INK, OUTLINE, PAPER, enlarge
 from ..emilie import Editor
-from ..errors import CanvasError, InstructionError, note, printable
+from ..errors import CanvasError, InstructionError, explain_oom, note, printable
 from ..loading import shipped
-from ..sampling import Step
+from ..sampling import Step, get_sigmas, noise_stream
 from ..toy import judge, world
 from . import graconet
 from .caption import RELEASED, Captioner
@@ -26,6 +31,7 @@ from .graconet import Box
 
 FORMATS = ("add {caption}", "add {caption} at the {place}")  # for any model; for the small one, which was taught places
 MOST = 64  # proposals
+KEEP = 0.25  # of the steps, see `Plan.keep_steps`
 RIM = 0.15  # of a box's longer side, added all around it
 
 
@@ -70,16 +76,65 @@ class Plan:
             )
         return out
 
-    def steps(self, take: int = 0, **changes) -> Iterator[Step]:
-        """The edit of a proposal, step by step, see `Canvas.steps`; what is given is checked at once."""
+    def check(self, take: int) -> None:
         if not 0 <= take < len(self.boxes):
             raise CanvasError(f"there is no proposal {take + 1}, only 1 to {len(self.boxes)}")
+
+    def steps(self, take: int = 0, **changes) -> Iterator[Step]:
+        """The edit of a proposal, step by step, see `Canvas.steps`; what is given is checked at once."""
+        self.check(take)
         return self._steps(take, self.canvas.steps(self.instruction(take), self.mask(take), **changes))
+
+    def keep_steps(self, take: int = 0, level: float = KEEP, **changes) -> Iterator[Step]:
+        """The object itself: the plain paste, redrawn from a low noise level on, so that light and edges fit.
+
+        level: the part of the steps that are done, 0 to 1. The model sees the picture without the object and is told to
+        add it; what it starts from is the paste under that much noise; and the anchor gate holds all but the object and
+        a rim of a latent's cell. The higher the level, the more of the object is the model's. Raises SamplingError.
+        """
+        self.check(take)
+        canvas, level = self.canvas, as_part(level, "keep")
+        settings = Settings(**changes).resolve(canvas.editor.config.sampling, canvas.seed)
+        editor, parent, at, text = canvas.editor, canvas.state, canvas.at, self.instruction(take)
+        editor.text.tokenize([text])
+        depth, factor = canvas.depth, editor.vae.factor
+        placed = graconet.placed(self.inset.mask, self.boxes[take], canvas.image.size)
+        pixels = placed.point(lambda v: 255 if v else 0).filter(ImageFilter.MaxFilter(2 * factor + 1))
+        mask = (images.latent_mask(pixels, factor, soft=True) > 0).float()
+        asked = Asked([text], [pixels], [{}], torch.ones(1, *mask.shape), mask)
+        first = settings.steps - max(1, round(level * settings.steps))
+        sigmas = get_sigmas(settings.steps, editor.alphas_cumprod)[first:]
+        with explain_oom(f"at {parent.image.width}x{parent.image.height} px: lower --resolution"):
+            z_img, f = canvas.image_latent(settings.rescale, settings.iterate)
+            start = editor.scale_factor * images.to_latent(editor, self.pasted(take)).cpu()
+            for step in editor.steps(
+                canvas.denoiser(z_img, asked, settings),
+                sigmas,
+                canvas.z_init + start / sigmas[0],
+                noise_stream(tuple(canvas.z_init.shape), settings.seed, "edit", depth),
+                parent.latent,
+                mask,
+                settings.gate,
+                SAMPLERS[settings.sampler],
+            ):
+                yield step
+            latent = step.x.cpu()
+            image = images.from_latent(editor, latent)
+        if settings.keep_background:
+            latent = torch.where(mask == 0, parent.latent, latent)
+            image = images.paste_back(image, parent.image, pixels, feather=factor // 2)
+        canvas.states.append(State(text, latent, image, at, pixels, settings.record(), f, depth=depth))
+        canvas.at, canvas.redo_stack = len(canvas.states) - 1, []
+        self.record(take, kept=level)
+
+    def record(self, take: int, **more) -> None:
+        """Note with the current state what was inserted."""
+        boxes = [list(box) for box in self.boxes]
+        self.canvas.state.inserted = {"caption": self.caption, "boxes": boxes, "taken": take} | more
 
     def _steps(self, take: int, steps: Iterator[Step]) -> Iterator[Step]:
         yield from steps
-        boxes = [list(box) for box in self.boxes]
-        self.canvas.state.settings["inserted"] = {"caption": self.caption, "boxes": boxes, "taken": take}
+        self.record(take)
 
 
 def plan(
@@ -123,16 +178,17 @@ def plan(
     return made
 
 
-def insert(canvas: Canvas, inset: Picture, take: int = 0, **options) -> Image.Image:
+def insert(canvas: Canvas, inset: Picture, take: int = 0, keep: float | None = None, **options) -> Image.Image:
     """Draw what an inset shows at a place that suits it, as an edit like any other, and return the picture.
 
-    options: of `plan`, and fields of `Settings`; take: which proposal, from 0. An insertion that fails changes nothing.
+    options: of `plan`, and fields of `Settings`; take: which proposal, from 0; keep: see `Plan.keep_steps`, None: what
+    is drawn is a new object. An insertion that fails changes nothing.
     Raises EmilieError.
     """
     known = set(plan.__annotations__)
     planned = plan(canvas, inset, **{name: value for name, value in options.items() if name in known})
     changes = {name: value for name, value in options.items() if name not in known - {"seed"}}
-    for _ in planned.steps(take, **changes):
+    for _ in planned.steps(take, **changes) if keep is None else planned.keep_steps(take, keep, **changes):
         pass
     return canvas.image
 

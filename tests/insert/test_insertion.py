@@ -1,6 +1,5 @@
 """Object insertion: an inset and its mask, where and what, the edit, and the command with its three pictures."""
 
-import json
 import shutil
 from functools import partial
 
@@ -8,9 +7,9 @@ import numpy as np
 import pytest
 from command import run
 from PIL import Image
-from safetensors import safe_open
 
 import emilie_min as emilie
+from emilie_min.canvas.stack import change
 from emilie_min.errors import CanvasError, CheckpointError, ImageError, InstructionError, MaskError
 from emilie_min.insert import insertion
 from emilie_min.insert.caption import Captioner
@@ -177,11 +176,11 @@ def test_an_insertion_is_an_edit_like_any_other(canvas, shipped, tmp_path):
     insert(canvas, thing(), **QUICK)
     state = canvas.state
     assert state.instruction == "add a red circle at the bottom right" and state.settings["steps"] == 1
-    assert state.settings["inserted"]["caption"] == "a red circle" and len(state.settings["inserted"]["boxes"]) == 4
+    assert state.inserted["caption"] == "a red circle" and len(state.inserted["boxes"]) == 4
     canvas.save(tmp_path / "a.safetensors")
     insert(canvas, thing("star", "blue"), steps=1, caption="a blue star", at=(0, 0, 32, 32))
     again = emilie.open(tmp_path / "a.safetensors", shipped)
-    assert again.states[1].settings == state.settings
+    assert again.states[1].inserted == state.inserted
     insert(again, thing("star", "blue"), steps=1, caption="a blue star", at=(0, 0, 32, 32))
     assert again.image.tobytes() == canvas.image.tobytes()
     canvas.undo()
@@ -203,6 +202,37 @@ def test_an_insertion_that_fails_changes_nothing(canvas):
         with pytest.raises(emilie.EmilieError):
             insert(canvas, thing(), **QUICK | wrong)
     assert len(canvas.states) == 1
+
+
+def test_the_object_itself_is_kept_the_more_the_lower_the_level(canvas):
+    planned = plan(canvas, thing("circle", "red"), caption="a green cross", at=(32, 32, 64, 64))  # not what it is
+    pasted, off = np.asarray(planned.pasted()).astype(int), []
+    for level in (0.1, 0.5, 1):
+        for _ in planned.keep_steps(level=level):
+            pass
+        image = np.asarray(canvas.image).astype(int)
+        off.append(np.abs(image - pasted)[36:60, 36:60].mean())
+        assert canvas.state.inserted["kept"] == level and canvas.state.parent == 0
+        canvas.undo()
+    assert off[0] < off[1] <= off[2] + 1
+    insert(canvas, thing(), keep=0.2, keep_background=True, **QUICK | {"steps": 4})
+    mask, before = np.asarray(canvas.state.mask), np.asarray(canvas.states[0].image)
+    assert (np.asarray(canvas.image)[mask == 0] == before[mask == 0]).all()
+    for wrong in (-1, 2, "much"):
+        with pytest.raises(emilie.EmilieError, match="keep is a part of the steps|keep must be"):
+            insert(canvas, thing(), keep=wrong, at=(0, 0, 32, 32), **QUICK)
+
+
+def test_an_insertion_can_be_hidden_and_shown_like_any_edit(canvas):
+    insert(canvas, thing(), **QUICK)
+    canvas.edit("make it night", steps=1)
+    shown = canvas.image
+    for name in ("hide", "show"):
+        for _ in change(canvas, name, 1):
+            pass
+        if name == "hide":
+            assert [state.shown for state in canvas.stack] == [False, True]
+    assert canvas.image.tobytes() == shown.tobytes()
 
 
 # ---- the command
@@ -239,10 +269,9 @@ def test_three_columns_come_out(files, capsys):
     assert (paste[48, 48] == world.COLOURS["red"]).all() and (paste[16, 16] != world.COLOURS["red"]).any()
     code, out, _ = run(*args, "--at", "0,0,32,32", capsys=capsys)
     assert code == 0 and "base_2.png" in out
-    with safe_open("c.safetensors", "pt") as file:
-        states = json.loads(file.metadata()["canvas"])["states"]
+    states = emilie.open("c.safetensors", emilie.load(device="cpu")).states
     asked = [f"add a red circle at the {place}" for place in ("bottom right", "top left")]
-    assert [state["instruction"] for state in states] == ["", *asked]
+    assert [state.instruction for state in states] == ["", *asked]
 
 
 @pytest.mark.parametrize(
