@@ -32,7 +32,7 @@ LOCAL = ("127.0.0.1", "localhost", "[::1]")
 JOIN = "/gradio_api/queue/join"
 READ = re.compile(
     r"/|/theme\.css|/favicon\.ico|/manifest\.json|/(assets|static|svelte)/[\w@-][\w.@/-]*|/save/[\w-]+/[a-z]+"
-    r"|/gradio_api/(startup-events|queue/data|heartbeat/\w+)"
+    r"|/config|/gradio_api/(info|startup-events|queue/data|heartbeat/[\w-]+)"
 )
 WRITE = re.compile(rf"{JOIN}|/(open|stop)/[\w-]+")
 TYPES = {  # of what an event may bring for each kind of component; a State stays on the server
@@ -131,7 +131,7 @@ class Door:
             kinds = self.inputs[number] if type(number) is int else None
             fits = (
                 kinds is not None
-                and re.fullmatch(r"\w{1,64}", event["session_hash"])
+                and re.fullmatch(r"[\w-]{1,64}", event["session_hash"])
                 and type(values) is list
                 and len(values) == len(kinds)
                 and all(type(value) in TYPES[kind] for kind, value in zip(kinds, values))

@@ -6,7 +6,7 @@ from html import escape
 from ..canvas import stack
 from ..canvas.canvas import Canvas
 from ..errors import CanvasError
-from .visitor import THUMB, Visitor, data_url, enlarge
+from .visitor import THUMB, Told, Visitor, data_url, enlarge
 
 CHANGES = ("retract", "hide", "show", "move", "strength")  # that a click or a drag can ask for
 
@@ -32,7 +32,7 @@ def stack_html(canvas: Canvas | None) -> str:
     return f'<p class="told">{told}</p><div class="layers">{"".join(cards)}</div>'
 
 
-def change(visitor: Visitor, asked: dict | None) -> Iterator[tuple[str, float]]:
+def change(visitor: Visitor, asked: dict | None) -> Iterator[Told]:
     """What a card asks for: {"change": one of `CHANGES`, "state": the edit's number, "value": where to or how much}."""
     visitor.stopped, canvas = False, visitor.opened()
     if not asked or "change" not in asked:
@@ -42,6 +42,6 @@ def change(visitor: Visitor, asked: dict | None) -> Iterator[tuple[str, float]]:
     steps = visitor.editor.config.sampling.steps * (1 + len(canvas.stack) - k)
     for done, _ in enumerate(stack.change(canvas, name, k, *more)):
         visitor.go_on()
-        yield f"{name} edit {k}: the later ones are made anew where it mattered", min(0.99, done / steps)
+        yield f"{name} edit {k}: the later ones are made anew where it mattered", min(0.99, done / steps), None
     calls = canvas.state.made["calls"]
-    yield f"{name} edit {k}: {f'{calls} network calls' if calls else 'no network call was needed'}", 1
+    yield f"{name} edit {k}: {f'{calls} network calls' if calls else 'no network call was needed'}", 1, None

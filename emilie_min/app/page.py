@@ -9,6 +9,7 @@ import random
 import traceback
 from collections.abc import Callable, Iterator
 from html import escape
+from inspect import Parameter, Signature
 from types import SimpleNamespace
 from weakref import WeakValueDictionary
 
@@ -19,9 +20,10 @@ from ..canvas.settings import GATES
 from ..emilie import Editor
 from ..errors import EmilieError
 from .layers import change, stack_html
-from .visitor import Visitor, picture_html, small_world, tree_html
+from .visitor import Told, Visitor, data_url, picture_html, small_world, tree_html
 
 PAGES, WAITING = 256, 20  # visitors that are kept, the latest ones; events that may wait
+SENT = ("text_scale", "image_scale", "steps", "seed", "gate", "negative")  # of an edit's settings
 TOOLS = """<div class="tools">
   <button data-tool="brush" title="Paint where to edit">Brush</button>
   <button data-tool="box" title="Drag a box where to edit">Box</button>
@@ -38,7 +40,9 @@ def build(editor: Editor) -> gr.Blocks:
     check_can_edit(editor)
     with gr.Blocks(title="EMILIE studio", analytics_enabled=False) as page:
         page.visitors, page.state_session_capacity = WeakValueDictionary(), PAGES
-        connect(page, editor, layout(editor))
+        on = layout(editor)
+        connect(page, editor, on)
+        endpoints(page, editor, on)
     return page.queue(max_size=WAITING, api_open=False)
 
 
@@ -47,8 +51,8 @@ def layout(editor: Editor) -> SimpleNamespace:
     on, defaults = SimpleNamespace(), editor.config.sampling
     small, words = small_world(editor), editor.text.config.words
 
-    def button(told: str, **more) -> gr.Button:
-        return gr.Button(told, size="sm", min_width=70, elem_id=told.split()[-1].lower(), **more)
+    def button(told: str, name: str = "", **more) -> gr.Button:
+        return gr.Button(told, size="sm", min_width=70, elem_id=name or told.split()[-1].lower(), **more)
 
     def scale(default: float, label: str, info: str) -> gr.Slider:
         return gr.Slider(0, 2 * default, default, label=label, info=info)
@@ -67,16 +71,20 @@ def layout(editor: Editor) -> SimpleNamespace:
             with gr.Row():
                 on.go = gr.Button("Edit", variant="primary", scale=3, elem_id="go")
                 on.stop = gr.Button("Stop", scale=1, min_width=60, elem_id="stop")
+            with gr.Row():
+                on.where, on.scales = button("Show where", "where"), button("Try scales", "scales")
+                on.region, on.clear = button("Add region", "region"), button("Drop regions", "forget")
             on.status = gr.HTML(elem_id="status")
-            on.examples = gr.Dataset(
-                label="For this picture", components=[on.text], samples=[[""]], visible=small, elem_id="examples"
-            )
+            on.examples = gr.Dataset(label="For this picture", components=[on.text], samples=[[""]], elem_id="examples")
             if words:
                 gr.HTML(f"<details class=words><summary>The words it knows</summary>{' '.join(words)}</details>")
-            told = "Nothing happens? Raise it. Colours glare, or other things change too? Lower it."
-            on.text_scale = scale(defaults.text_scale, "How strongly to follow the instruction", told)
-            told = "Too much changes? Raise it. Too little? Lower it."
-            on.image_scale = scale(defaults.image_scale, "How closely to stay with the picture", told)
+            usual = defaults.text_scale
+            told = f"Nothing happens? Raise it. Colours glare, other things change? Lower it. Usual: {usual:g}."
+            on.text_scale = scale(defaults.text_scale, "How strongly to follow the instruction (text scale)", told)
+            told = f"Too much changes? Raise it. Too little? Lower it. Usual: {defaults.image_scale:g}."
+            on.image_scale = scale(defaults.image_scale, "How closely to stay with the picture (image scale)", told)
+            told = "For something small in a large photo. What is outside the paint stays, to the bit."
+            on.crop = gr.Checkbox(label="In a crop round the paint, at full resolution", info=told, elem_id="crop")
             with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                 on.steps = gr.Slider(1, 100, defaults.steps, step=1, label="Steps", info="More is slower and finer.")
                 told = "An instruction whose pull is taken off. Empty: nothing."
@@ -95,9 +103,8 @@ def layout(editor: Editor) -> SimpleNamespace:
 def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
     """What happens at a click. The networks do one thing at a time; who waits is told his place."""
     shown = [on.visitor, on.status, on.picture, on.tree, on.stack, on.undo, on.redo, on.examples]
-    sent = ("text_scale", "image_scale", "steps", "seed", "gate", "negative")
 
-    def doing(do: Callable[..., str | Iterator[tuple[str, float]]]) -> Callable:
+    def doing(do: Callable[..., str | Iterator[Told]]) -> Callable:
         """A handler: do one thing at a time with a visitor's canvas; show how it goes, and what it is then."""
 
         def handler(visitor: Visitor | None, *inputs) -> Iterator[list]:
@@ -108,9 +115,9 @@ def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
                 return
             try:
                 notes = do(visitor, *inputs)
-                for note, done in [(notes, 1)] if isinstance(notes, str) else notes:
+                for note, done, seen in [(notes, 1, None)] if isinstance(notes, str) else notes:
                     if done < 1:
-                        yield told(visitor, note, done)
+                        yield told(visitor, note, done, seen=seen)
                 yield [visitor, *show(visitor, note)]
             except EmilieError as error:
                 yield told(visitor, str(error), refused=True)
@@ -122,8 +129,12 @@ def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
 
         return handler
 
-    def told(visitor: Visitor, note: str, done: float | None = None, refused: bool = False) -> list:
+    def told(visitor: Visitor, note: str, done: float | None = None, refused: bool = False, seen=None) -> list:
         bar = "" if done is None else f'<progress value="{done}"></progress>'
+        if seen is not None:
+            visitor.seen = data_url(seen)
+        if done is not None and visitor.seen:
+            bar += f'<img class="seen" src="{visitor.seen}" alt="how it looks so far">'
         line = f'<p class="{"refused" if refused else ""}">{escape(note)}</p>{bar}'
         return [visitor, line, *[gr.skip()] * (len(shown) - 2)]
 
@@ -139,8 +150,11 @@ def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
             gr.Dataset(samples=[[text] for text in visitor.suggestions()]),
         ]
 
-    def edit(visitor: Visitor, text: str | None, paint: str | None, keep: bool, *settings) -> Iterator:
-        return visitor.edit(text or "", paint or "", keep_background=keep, **dict(zip(sent, settings)))
+    def edit(visitor: Visitor, text: str | None, paint: str | None, keep: bool, crop: bool, *settings) -> Iterator:
+        return visitor.edit(text or "", paint or "", crop, keep_background=keep, **dict(zip(SENT, settings)))
+
+    def try_scales(visitor: Visitor, text: str | None, paint: str | None, keep: bool, _, *settings) -> Iterator:
+        return visitor.try_scales(text or "", paint or "", keep_background=keep, **dict(zip(SENT, settings)))
 
     def edited(visitor: Visitor | None, event: gr.EventData, *inputs) -> Iterator[list]:
         if visitor and (event._data or {}).get("asked", math.inf) < visitor.stopped_at:
@@ -159,7 +173,7 @@ def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
     quick = common | dict(concurrency_limit=None, show_progress="hidden")
     slow = common | dict(concurrency_id="networks", concurrency_limit=1, show_progress_on=on.picture)
     page.load(new_scene if small_world(editor) else doing(lambda visitor: ""), **slow)
-    inputs = [on.visitor, on.text, on.paint, on.keep, *(getattr(on, name) for name in sent)]
+    inputs = [on.visitor, on.text, on.paint, on.keep, on.crop, *(getattr(on, name) for name in SENT)]
     asked = slow | dict(inputs=inputs, js="(...inputs) => studio.inputs(...inputs)")
     gr.on([on.go.click, on.text.submit], edited, **asked)
     on.scene.click(new_scene, **slow)
@@ -170,3 +184,68 @@ def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
     on.stack.select(restacked, **slow)
     on.stop.click(None, js="() => studio.stop()")
     on.examples.click(lambda sample: sample[0], **quick | dict(inputs=on.examples, outputs=on.text))
+    on.scales.click(doing(try_scales), **asked)
+    on.where.click(doing(lambda visitor, text: visitor.where(text or "")), **slow | dict(inputs=[on.visitor, on.text]))
+    region = doing(lambda visitor, text, paint: visitor.add_region(text or "", paint or ""))
+    on.region.click(region, **quick | dict(inputs=inputs[:3], js="(...inputs) => studio.inputs(...inputs)"))
+    on.clear.click(doing(Visitor.clear_regions), **quick)
+
+
+def endpoints(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
+    """What a script can ask for by name, see README.md beside this; pictures and masks are texts, PNGs as data URLs."""
+    status, picture = gr.Textbox(visible=False, label="status"), gr.Textbox(visible=False, label="picture")
+
+    def text(label: str) -> gr.Textbox:
+        return gr.Textbox(visible=False, label=label)
+
+    def found(visitor: Visitor) -> str:
+        return "" if visitor.paint is None else data_url(visitor.paint)
+
+    def endpoint(name: str, do: Callable, inputs: list, about: str, shown: Callable = Visitor.shown) -> None:
+        def handler(visitor: Visitor | None, *given) -> tuple:
+            visitor = visitor or Visitor(editor)
+            page.visitors[visitor.key] = visitor
+            if not visitor.busy.acquire(blocking=False):
+                raise gr.Error("an edit is under way: wait for it", print_exception=False)
+            try:
+                notes = do(visitor, *given)
+                note = notes if isinstance(notes, str) else [note for note, _, _ in notes][-1]
+                return visitor, note, shown(visitor)
+            except EmilieError as error:
+                raise gr.Error(str(error), print_exception=False) from error
+            finally:
+                visitor.busy.release()
+
+        kind, needed = Parameter.POSITIONAL_OR_KEYWORD, ("picture", "instruction", "state")
+        given = [
+            Parameter(c.label, kind, default=Parameter.empty if c.label in needed else c.value) for c in inputs
+        ]  # by which names a script gives them
+        handler.__signature__ = Signature([Parameter("visitor", kind), *given])
+        more = dict(api_name=name, api_description=about, concurrency_id="networks", concurrency_limit=1)
+        outputs = [on.visitor, status, picture]
+        gr.Button(visible=False).click(handler, [on.visitor, *inputs], outputs, api_visibility="public", **more)
+
+    defaults = editor.config.sampling
+    settings = [
+        gr.Checkbox(False, visible=False, label="keep_background"),
+        gr.Checkbox(False, visible=False, label="crop"),
+        gr.Number(defaults.text_scale, visible=False, label="text_scale"),
+        gr.Number(defaults.image_scale, visible=False, label="image_scale"),
+        gr.Number(defaults.steps, visible=False, label="steps", precision=0),
+        gr.Number(None, visible=False, label="seed", precision=0),
+        gr.Radio(list(GATES), value=GATES[0], visible=False, label="gate"),
+        gr.Textbox("", visible=False, label="negative"),
+    ]
+
+    def edit(visitor: Visitor, instruction: str, mask: str | None, keep: bool, crop: bool, *given) -> Iterator[Told]:
+        return visitor.edit(instruction or "", mask or "", crop, keep_background=keep, **dict(zip(SENT, given)))
+
+    number = gr.Number(0, visible=False, label="state", precision=0)
+    endpoint("open", Visitor.open_url, [text("picture")], "Begin with a picture.")
+    what = "Follow an instruction, everywhere or where the mask, of the working picture's size, is opaque."
+    endpoint("edit", edit, [text("instruction"), gr.Textbox("", visible=False, label="mask"), *settings], what)
+    what = "Where an instruction would act: the mask stands in the place of the picture, none for everywhere."
+    endpoint("where", lambda visitor, text: visitor.where(text or ""), [text("instruction")], what, found)
+    endpoint("undo", Visitor.undo, [], "Back to the picture before the last edit.")
+    endpoint("redo", Visitor.redo, [], "Take back the last undo.")
+    endpoint("go", lambda visitor, state: visitor.branch(int(state)), [number], "Go to a state by its number.")

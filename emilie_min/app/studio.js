@@ -39,7 +39,10 @@ const studio = {
     });
     element.addEventListener('pointermove', e => { if (last && e.target.tagName == 'CANVAS') draw(e); });
     for (const end of ['pointerup', 'pointercancel']) element.addEventListener(end, () => { last = null; });
-    element.addEventListener('input', e => { size = e.target.value; });
+    element.addEventListener('input', e => {
+      if ('compare' in e.target.dataset) element.querySelector('.before').style.clipPath = `inset(0 ${100 - e.target.value}% 0 0)`;
+      else size = e.target.value;
+    });
 
     // A file goes to the session by its key; what became of it the server tells.
     const input = () => element.querySelector('input[type=file]');
@@ -86,6 +89,20 @@ const studio = {
     });
   },
 
+  // Ctrl+Enter edits, Ctrl+Z undoes and Ctrl+Shift+Z or Ctrl+Y redoes, but for a text that is being typed.
+  keys() {
+    document.addEventListener('keydown', e => {
+      if (!(e.ctrlKey || e.metaKey) || e.altKey) return;
+      const key = e.key.toLowerCase(), typing = e.target.value && /^(TEXTAREA|INPUT)$/.test(e.target.tagName);
+      const name = e.key == 'Enter' ? 'go' : typing ? '' : key == 'y' || key == 'z' && e.shiftKey ? 'redo' : key == 'z' ? 'undo' : '';
+      const button = name && document.getElementById(name);
+      if (!button) return;
+      e.preventDefault();
+      e.stopPropagation();
+      if (!button.disabled) button.click();
+    }, true);
+  },
+
   // Past the queue, which may be full.
   stop() { fetch(`stop/${document.querySelector('[data-key]').dataset.key}`, {method: 'POST'}); },
 
@@ -95,3 +112,4 @@ const studio = {
     return [session, text, canvas?.dataset.touched ? canvas.toDataURL() : '', ...settings];
   },
 };
+studio.keys();

@@ -19,6 +19,10 @@ from pathlib import Path
 from ..emilie import Editor
 from ..errors import EmilieError
 
+NARROW = (
+    "@media (max-width: 760px) { .gradio-container > .main { padding: 12px !important; } }"  # outside of css's reach
+)
+
 
 def serve(editor: Editor, local: bool = True, password: str = "", link: str = ""):
     """The page, and the uvicorn.Server for it: `run(sockets=[listen(...)])`, until its `should_exit`.
@@ -46,7 +50,8 @@ def serve(editor: Editor, local: bool = True, password: str = "", link: str = ""
         run_history=False,
         ssr_mode=False,
         theme=looks.set(block_info_text_color="*neutral_600", slider_color="*primary_500"),
-        head="".join(f"<script>{here.with_name(f'{name}.js').read_text('utf-8')}</script>" for name in parts),
+        head="".join(f"<script>{here.with_name(f'{name}.js').read_text('utf-8')}</script>" for name in parts)
+        + f"<style>{NARROW}</style>",
         css="\n".join(here.with_name(f"{name}.css").read_text("utf-8") for name in parts),
     )
     inputs = {number: [block.get_block_name() for block in fn.inputs] for number, fn in page.fns.items()}

@@ -2,29 +2,41 @@
 
 import base64
 import io
+import itertools
 import os
 import secrets
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from html import escape
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from ..canvas import about, images, where
 from ..canvas.canvas import Canvas
 from ..canvas.canvas import open as open_canvas
+from ..canvas.photo import Photo, changed, is_small, open_photo
+from ..canvas.preview import fit, look
+from ..canvas.session import is_session
 from ..canvas.strip import OUTLINE, enlarge, strip
 from ..emilie import Editor
 from ..errors import CanvasError, EmilieError, ImageError, InstructionError, MaskError, printable
+from ..sampling import Step
 from ..toy import judge, world
+from .edit import LITTLE
+from .looks import TIMES
 
 SHOWN, THUMB = 512, 88  # px: up to where a small picture is shown enlarged; the height of those in the tree of edits
 LONGEST = 2000  # characters that are looked at for an instruction
 SAVES = ("picture", "strip", "canvas")
+REGIONS, LOOK = 8, 0.3  # regions of an edit beside its own; seconds between two looks at what is denoised
+GENERAL = ("make it winter", "make it night", "turn it into a watercolor painting", "add a rainbow", "make it autumn")
+Told = tuple[str, float, Image.Image | None]  # what is done, how much of the whole, and how it looks so far
 
 
 class Visitor:
@@ -32,11 +44,18 @@ class Visitor:
 
     def __init__(self, editor: Editor):
         self.editor, self.key = editor, secrets.token_urlsafe()  # the key: without it nobody sends or fetches a file
-        self.canvas: Canvas | None = None
+        self.photo: Photo | None = None
+        self.session: Canvas | None = None  # one that was saved, whose photo is not here
         self.name = ""  # of the files to save
-        self.paint: Image.Image | None = None  # the mask of an edit that was undone, so that it can be tried again
+        self.paint: Image.Image | None = None  # a mask to put on the board: of an edit that was undone, or found
+        self.regions: list[tuple[str, Image.Image]] = []  # what the next edit does too, each with its mask
         self.uploaded: tuple[str, tempfile.TemporaryDirectory | None] = ("", None)  # a file's name, and its folder
         self.busy, self.stopped, self.stopped_at = threading.Lock(), False, 0.0
+        self.seen = ""  # what an edit looks like so far, as a data URL
+
+    @property
+    def canvas(self) -> Canvas | None:
+        return self.session if self.photo is None else self.photo.canvas
 
     def open_uploaded(self) -> str:
         """Go on with the file that was uploaded, which is removed."""
@@ -53,36 +72,151 @@ class Visitor:
         try:
             with warnings.catch_warnings(record=True) as notes:
                 warnings.simplefilter("always", UserWarning)
-                canvas = open_canvas(path, self.editor)
+                if is_session(path):
+                    photo, session = None, open_canvas(path, self.editor)
+                else:
+                    photo, session = open_photo(images.read_image(path), self.editor), None
         except EmilieError as error:
             raise type(error)(str(error).replace(path, name)) from error
         stem = name.removesuffix(".safetensors").removesuffix(".canvas")
-        self.canvas, self.name, self.paint = canvas, stem if stem != name else Path(name).stem, None
-        return ". ".join([f"{name} is open", *(str(note.message).replace(path, name) for note in notes)])
+        self.begin(photo, session, stem if stem != name else Path(name).stem)
+        told = [f"{name} is open", *(str(note.message).replace(path, name) for note in notes)]
+        if small_world(self.editor) and not judge.is_scene(self.opened().states[0].image):
+            told.append("It is no scene of the small model's world, and it knows nothing else: `emilie download`")
+        return ". ".join(told)
+
+    def open_url(self, url: str | None) -> str:
+        """`open`, of a picture as a data URL."""
+        try:
+            data = base64.b64decode((url or "").partition(",")[2], validate=True)
+        except ValueError:
+            data = b""
+        if not data:
+            raise ImageError("a picture is sent as a data URL: data:image/png;base64,...")
+        with tempfile.TemporaryDirectory(prefix="emilie-") as folder:
+            path = Path(folder) / "upload"
+            path.write_bytes(data)
+            if is_session(path):
+                raise ImageError("this is no picture")
+            return self.open(str(path), "the picture")
+
+    def shown(self) -> str:
+        """The current picture at its photo's size, as a data URL."""
+        return data_url(self.opened().image if self.photo is None else self.photo.image)
+
+    def view(self) -> Image.Image:
+        """The current picture as it would be saved, at working size."""
+        canvas = self.opened()
+        if self.photo is None:
+            return canvas.image
+        return images.view(self.photo.image, canvas.state.image.size, canvas.native, canvas.part)
+
+    def begin(self, photo: Photo | None, session: Canvas | None, name: str) -> None:
+        self.photo, self.session, self.name, self.paint, self.regions = photo, session, name, None, []
 
     def new_scene(self, seed: int) -> str:
-        canvas = open_canvas(world.render(world.scene(seed)), self.editor)
-        self.canvas, self.name, self.paint = canvas, f"scene{seed}", None
+        self.begin(open_photo(world.render(world.scene(seed)), self.editor), None, f"scene{seed}")
         return f"Scene {seed} of the small world"
 
-    def edit(self, text: str, paint: str = "", **settings) -> Iterator[tuple[str, float]]:
-        """Follow an instruction: everywhere, or where there is paint, see `read_paint`; settings: of `Canvas.edit`.
+    def edit(self, text: str, paint: str = "", crop: bool = False, **settings) -> Iterator[Told]:
+        """Follow an instruction, everywhere or where there is paint, see `read_paint`, and the `regions` in one pass.
 
-        Yields what is done and how much of the whole; between two steps `stopped` is looked at.
+        crop: in a crop round the paint, at the photo's full resolution; settings: of `Canvas.edit`. Yields what is
+        done; between two steps `stopped` is looked at.
         """
-        self.stopped, started, canvas = False, time.time(), self.opened()
+        self.stopped, self.seen, started, photo = False, "", time.time(), self.photo
+        mask = self.asked(text, paint)
+        regions = [(text, mask), *self.regions]
+        masks = [given for _, given in regions]
+        settings["keep_background"] = settings.get("keep_background", False) and None not in masks
+        settings["negative"] = settings.get("negative") or None
+        kept = None if photo is None else (photo.photo, photo.canvas, photo.given, list(photo.earlier))
+        aimed = ""
+        try:
+            if photo is not None:
+                regions = [(text, given and photo.at_own_size(given)) for text, given in regions]
+                masks = [given for _, given in regions]
+                aimed = photo.aim(masks if crop and None not in masks else None)
+            before = self.opened().image
+            yield from self.steps((photo or self.opened()).steps(regions, **settings), text, settings.get("steps"))
+        except BaseException:  # also where the page is left in the middle
+            if kept is not None:
+                photo.photo, photo.canvas, photo.given, photo.earlier = kept
+            raise
+        canvas, self.paint, self.regions = self.opened(), None, []
+        share = changed(before, canvas.image, canvas.state.mask)
+        place = "everywhere" if canvas.state.mask is None else "where you painted"
+        told = f"Edit {canvas.at}: {canvas.state.instruction}, {place}; {time.time() - started:.1f} s"
+        told += f"; {share:.1%} of {'the picture' if canvas.state.mask is None else 'that'} changed"
+        told += ": raise how strongly, or lower how closely" * (share < LITTLE)
+        told += f"; {aimed}" * bool(aimed)
+        if not crop and photo is not None and masks[0] is not None:
+            small = is_small(masks[0].getbbox(), photo.photo.size, canvas.state.image.size)
+            told += "; the paint is small in this photo, a crop would do better" * small
+        yield told, 1, None
+
+    def asked(self, text: str, paint: str) -> Image.Image | None:
+        """The paint's mask at working size, once instruction and paint can be used."""
+        canvas = self.opened()
         if len(text) > LONGEST:
             raise InstructionError(f"an instruction of {len(text)} characters is too long")
-        mask = read_paint(paint, canvas.state.image.size)
+        return read_paint(paint, canvas.state.image.size)
+
+    def steps(self, steps: Iterator[Step], text: str, number: int | None) -> Iterator[Told]:
+        """What is told of an edit's steps, with what is denoised so far; looks at `stopped`."""
+        by, number, looked = fit(self.opened()), number or self.editor.config.sampling.steps, 0.0
+        for step in steps:
+            self.go_on()
+            seen, now = None, time.time()
+            if now - looked > LOOK:
+                looked, seen = now, look(step.denoised, by)
+            yield f"Step {step.i} of {number}: {text}", step.i / number, seen
+
+    def add_region(self, text: str, paint: str = "") -> str:
+        """Keep an instruction and where it is for, until the next edit does all of them in one pass."""
+        mask = self.asked(text, paint)
+        if not text.strip() or mask is None:
+            raise MaskError("a region needs both: say what to change, and paint where")
+        if len(self.regions) >= REGIONS:
+            raise MaskError(f"{REGIONS} regions are waiting already: press Edit")
+        self.editor.text.tokenize([text])
+        self.regions.append((text, mask))
+        return f"{len(self.regions)} waiting: {' + '.join(text for text, _ in self.regions)}. Paint and say the next"
+
+    def clear_regions(self) -> str:
+        self.regions = []
+        return "No region is waiting"
+
+    def where(self, text: str) -> str:
+        """Put the mask of where an instruction would act on the board."""
+        self.asked(text, "")
+        mask = where.mask(self.opened(), text)
+        self.paint = mask
+        if mask is None:
+            return f"{text}: acts on all of the picture"
+        return f"{text}: would act here, on {share_of(mask):.0%} of the picture. Press Edit, or paint on"
+
+    def try_scales(self, text: str, paint: str = "", **settings) -> Iterator[Told]:
+        """Nine edits around the two scales that are set, as branches to choose from."""
+        self.stopped, mask, canvas = False, self.asked(text, paint), self.opened()
+        at, target = canvas.at, self.photo or canvas
+        own = mask if mask is None or self.photo is None else self.photo.at_own_size(mask)
         settings["keep_background"] = settings.get("keep_background", False) and mask is not None
         settings["negative"] = settings.get("negative") or None
-        number = settings.get("steps") or self.editor.config.sampling.steps
-        for step in canvas.steps(text, mask, **settings):
-            self.go_on()
-            yield f"Step {step.i} of {number}: {text}", step.i / number
-        self.paint = None
-        where = "everywhere" if mask is None else "where you painted"
-        yield f"Edit {canvas.at}: {text}, {where}; {time.time() - started:.1f} s", 1
+        middle = {name: settings.pop(name, None) or getattr(self.editor.config.sampling, name) for name in TIMES}
+        scales = [[round(middle[name] * t, 2) for t in times] for name, times in TIMES.items()]
+        each = list(itertools.product(*scales))
+        try:
+            for i, (text_scale, image_scale) in enumerate(each):
+                canvas.branch(at)
+                both = {"text_scale": text_scale, "image_scale": image_scale}
+                for told, done, seen in self.steps(
+                    target.steps([(text, own)], **settings, **both), text, settings.get("steps")
+                ):
+                    yield f"{i + 1} of {len(each)}: {told}", (i + done) / len(each), seen
+        finally:
+            canvas.branch(at)
+        yield f"{len(each)} results below, by their scales: click one to go on from it", 1, None
 
     def stop(self) -> None:
         """The edit that is under way, and those that were asked for and still wait."""
@@ -95,8 +229,8 @@ class Visitor:
 
     def undo(self) -> str:
         mask = self.opened().state.mask
-        self.canvas.undo()
-        return self.gone(mask)
+        (self.photo or self.opened()).undo()
+        return self.gone(mask if mask is None or mask.size == self.opened().state.image.size else None)
 
     def redo(self) -> str:
         self.opened().redo()
@@ -116,14 +250,15 @@ class Visitor:
         return self.canvas
 
     def suggestions(self) -> list[str]:
-        """In the small world: an instruction of every kind that can be followed in the current picture."""
-        if not small_world(self.editor) or self.canvas is None:
+        """Instructions for the current picture: of a scene, each kind that can be followed, else general ones."""
+        if self.canvas is None:
             return []
+        if not small_world(self.editor):
+            return list(GENERAL)
         picture, scene, kinds = self.canvas.image, world.Scene("", "", ()), ["background", "style"]
-        if picture.size == (world.SIZE, world.SIZE):
-            reading = judge.read(picture)
-            if reading.background_rms < 3 * judge.MAX_RMS:  # else it is some other picture, without shapes to speak of
-                scene, kinds = reading.scene, world.possible(reading.scene)
+        if picture.size == (world.SIZE, world.SIZE) and judge.is_scene(picture):
+            scene = judge.read(picture).scene
+            kinds = world.possible(scene)
         return [world.instruct(scene, f"{self.name} {self.canvas.at}", kind)[0] for kind in kinds]
 
     def file(self, what: str) -> tuple[str, bytes] | None:
@@ -136,7 +271,9 @@ class Visitor:
                 canvas.save(Path(folder) / "canvas")
                 return f"{self.name}.canvas", (Path(folder) / "canvas").read_bytes()
         if what == "picture":
-            return f"{self.name}_{canvas.at}.png", png(canvas.image)
+            earlier = [] if self.photo is None else self.photo.canvases[:-1]
+            image = canvas.image if self.photo is None else self.photo.image
+            return f"{self.name}_{canvas.at}.png", png(image, about.texts(canvas, earlier))
         cells = [(canvas.states[0].image, "input", None), *((s.image, s.instruction, s.mask) for s in canvas.history)]
         return f"{self.name}_{canvas.at}_strip.png", png(strip(cells))
 
@@ -163,10 +300,16 @@ def read_paint(url: str, size: tuple[int, int]) -> Image.Image | None:
     return mask
 
 
-def png(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "PNG")
+def png(image: Image.Image, texts: Mapping[str, str] | None = None) -> bytes:
+    info, out = PngInfo(), io.BytesIO()
+    for key, text in (texts or {}).items():
+        info.add_itxt(key, text)
+    image.save(out, "PNG", pnginfo=info)
     return out.getvalue()
+
+
+def share_of(mask: Image.Image) -> float:
+    return sum(mask.histogram()[128:]) / (mask.width * mask.height)
 
 
 def data_url(image: Image.Image) -> str:
@@ -177,19 +320,37 @@ def picture_html(visitor: Visitor) -> str:
     """The current picture under a canvas of its size to paint on; a small one in large pixels, a whole number each."""
     if visitor.canvas is None:
         return f'<div class="empty" data-key="{visitor.key}">Open a picture to begin: click here, or drop one</div>'
-    image, paint = visitor.canvas.image, ""
+    image, paint = visitor.view(), ""
     if visitor.paint is not None:
         mask = Image.new("RGBA", image.size, OUTLINE)
         mask.putalpha(visitor.paint)
         paint = data_url(mask)
-    times = max(1, SHOWN // max(image.size))
+    width, height = shape(visitor)
+    times, before = max(1, SHOWN // max(image.size)), ""
+    if visitor.canvas.state.parent is not None:
+        parent = visitor.canvas.states[visitor.canvas.state.parent].image
+        before = f'<img class="before" src="{data_url(parent)}" draggable="false" alt="the picture before">'
+    pixels = "pixels" if times > 1 else ""
     links = "".join(f'<a id="save-{x}" href="save/{visitor.key}/{x}" download>Save {x}</a>' for x in SAVES)
-    return (
-        f'<div class="board" style="width:{times * image.width}px" data-made="{time.time_ns()}" data-paint="{paint}">'
-        f'<img class="{"pixels" if times > 1 else ""}" src="{data_url(image)}" draggable="false" alt="the picture">'
-        f'<canvas width="{image.width}" height="{image.height}"></canvas></div>'
-        f'<div class="saves" data-key="{visitor.key}">{links}</div>'
+    compare = (
+        '<label class="compare">Before <input type="range" min="0" max="100" value="0" data-compare '
+        'aria-label="compare with the picture before"> after</label>'
     )
+    return (
+        f'<div class="board {pixels}" style="width:{times * image.width}px;aspect-ratio:{width}/{height}" '
+        f'data-made="{time.time_ns()}" data-paint="{paint}">'
+        f'<img class="now" src="{data_url(image)}" draggable="false" alt="the picture">{before}'
+        f'<canvas width="{image.width}" height="{image.height}"></canvas></div>'
+        f'{compare if before else ""}<div class="saves" data-key="{visitor.key}">{links}</div>'
+    )
+
+
+def shape(visitor: Visitor) -> tuple[int, int]:
+    """Width and height of what the board shows, in the proportion of the photo, which a working picture lacks a bit."""
+    if visitor.photo is None:
+        return visitor.opened().state.image.size
+    box = visitor.photo.box
+    return box[2] - box[0], box[3] - box[1]
 
 
 def tree_html(canvas: Canvas | None) -> str:
@@ -215,6 +376,15 @@ def tree_html(canvas: Canvas | None) -> str:
         parts.append(
             f'<button class="state{" here" if i == canvas.at else ""}" data-state="{i}" title="{escape(about)}" '
             f'style="grid-area:{row[i]}/{column[i]}"><img src="{data_url(enlarge(state.image, THUMB))}" alt="">'
-            f"<span><b>{i}</b> {escape(state.instruction or 'start')}{hidden}</span></button>"
+            f"<span><b>{i}</b> {escape(state.instruction or 'start')}{hidden}{scales(canvas, i)}</span></button>"
         )
     return f'<div class="tree">{"".join(parts)}</div>'
+
+
+def scales(canvas: Canvas, i: int) -> str:
+    """The two scales of a state, where another of its parent's edits has others and the same instruction."""
+    own, both = canvas.states[i], ("text_scale", "image_scale")
+    alike = [s for s in canvas.states if s.parent == own.parent and s.instruction == own.instruction]
+    if own.parent is None or len({tuple(s.settings.get(name) for name in both) for s in alike}) < 2:
+        return ""
+    return f" <i>text {own.settings['text_scale']:g}, image {own.settings['image_scale']:g}</i>"

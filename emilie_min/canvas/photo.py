@@ -139,17 +139,20 @@ class Photo:
         """The current picture at the photo's size."""
         canvas, box = self.canvas, self.box
         chain, at = [], canvas.at
-        while canvas.states[at].parent is not None:  # back to an edit of everything, on which nothing before it shows
-            chain.append(at)
-            if self.shows_everywhere(at):
-                break
+        while canvas.states[at].parent is not None and canvas.states[at].shown is not None:
+            if canvas.states[at].shown:
+                chain.append(at)
+                if self.shows_everywhere(at):  # on which nothing before it shows
+                    break
             at = canvas.states[at].parent
         out = self.photo
         for at in reversed(chain):
             state = canvas.states[at]
             alpha = None
             if not self.shows_everywhere(at):
-                alpha = images.blend_mask(state.mask, self.given.get(at), box, canvas.editor.vae.factor // 2)
+                same = state.image.size == (box[2] - box[0], box[3] - box[1])
+                feather = 0 if same and state.settings.get("keep_background") else canvas.editor.vae.factor // 2
+                alpha = images.blend_mask(state.mask, self.given.get(at), box, feather)  # which that did already
             out = images.put_back(state.image, out, box, alpha)
         return out.copy() if out is self.photo else out
 

@@ -46,7 +46,7 @@ def session(editor):
 
 def edit(session: Visitor, text: str, paint: str = "", **settings) -> str:
     """An edit to its end; what is told then."""
-    *_, (told, done) = session.edit(text, paint, **settings)
+    *_, (told, done, _) = session.edit(text, paint, **settings)
     assert done == 1
     return told
 
@@ -77,8 +77,8 @@ def test_an_edit_without_paint_is_everywhere_and_has_no_background_to_keep(sessi
 
 def test_every_step_is_told(session):
     told = list(session.edit("make it night", steps=5))
-    assert [note.partition(":")[0] for note, _ in told] == [f"Step {i} of 5" for i in range(6)] + ["Edit 1"]
-    assert [done for _, done in told] == [0, 0.2, 0.4, 0.6, 0.8, 1, 1]
+    assert [note.partition(":")[0] for note, _, _ in told] == [f"Step {i} of 5" for i in range(6)] + ["Edit 1"]
+    assert [done for _, done, _ in told] == [0, 0.2, 0.4, 0.6, 0.8, 1, 1]
 
 
 def test_a_stopped_edit_changes_nothing(session):
@@ -210,6 +210,92 @@ def test_nothing_that_a_canvas_file_says_becomes_markup(session):
     session.canvas.states[1].settings["gate"] = '"><script>'
     page = visitor.tree_html(session.canvas)
     assert "<img src=x" not in page and "<script>" not in page
+
+
+# ---- a photo of its own size
+
+
+@pytest.fixture
+def visit(editor, tmp_path):
+    """A visitor with a photo of a size that no working picture has."""
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8))
+    photo.save(tmp_path / "photo.png")
+    visit = Visitor(editor)
+    assert "no scene of the small model's world" in visit.open(str(tmp_path / "photo.png"))
+    return visit, np.asarray(photo)
+
+
+def saved(session: Visitor) -> Image.Image:
+    return Image.open(io.BytesIO(session.file("picture")[1]))
+
+
+def test_what_is_saved_has_the_photos_size_and_outside_the_paint_its_bits(visit):
+    session, photo = visit
+    told = edit(session, "make it night", painted((0, 0, 32, 48), (64, 48)))
+    picture, outside = saved(session), np.s_[:, 200:]
+    assert picture.size == (400, 300) and np.array_equal(np.asarray(picture)[outside], photo[outside])
+    assert "make it night" in picture.info["emilie"] and "% of that changed" in told
+    assert "aspect-ratio:400/300" in visitor.picture_html(session)
+
+
+def test_in_a_crop_and_back(visit):
+    session, photo = visit
+    told = edit(session, "make it night", painted((0, 0, 8, 8), (64, 48)), crop=True)
+    assert "a new crop, 150x150 px at 0,0" in told and session.photo.box == (0, 0, 150, 150)
+    moved = (np.asarray(saved(session)) != photo).any(-1)
+    assert moved[:50, :50].mean() > 0.5 and not moved[50:].any() and not moved[:, 50:].any()
+    assert "goes on in the crop" in edit(session, "make it day", painted((8, 8, 16, 16)), crop=True)
+    assert "back to the whole picture" in edit(session, "make it night") and session.photo.box == (0, 0, 400, 300)
+    for _ in range(3):
+        session.undo()
+    assert np.array_equal(saved(session), photo)
+
+
+def test_a_crop_that_is_stopped_is_left_again(visit):
+    session, _ = visit
+    steps = session.edit("make it night", painted((0, 0, 8, 8), (64, 48)), crop=True, steps=5)
+    next(steps), next(steps)
+    session.stopped = True
+    with pytest.raises(CanvasError, match="stopped"):
+        next(steps)
+    assert session.photo.box == (0, 0, 400, 300) and len(session.canvas.states) == 1
+
+
+def test_small_paint_gets_the_advice(visit):
+    assert "a crop would do better" in edit(visit[0], "make it night", painted((0, 0, 8, 8), (64, 48)))
+
+
+def test_regions_wait_for_the_edit_and_go_in_one_pass(session):
+    assert "1 waiting: make it night" in session.add_region("make it night", painted((0, 0, 32, 32)))
+    for bad in (("make it night", ""), ("", painted((0, 0, 32, 32)))):
+        with pytest.raises(MaskError, match="needs both"):
+            session.add_region(*bad)
+    edit(session, "make it day", painted((32, 32, 64, 64)))
+    assert [text for text, _ in session.canvas.state.regions] == ["make it day", "make it night"]
+    assert session.regions == []
+    session.add_region("make it night", painted((0, 0, 32, 32)))
+    assert session.clear_regions() == "No region is waiting" and session.regions == []
+
+
+def test_where_an_instruction_would_act_is_painted(session):
+    assert "would act here" in session.where("remove the square") and session.paint.getbbox() is not None
+    assert 'data-paint="data:image/png' in visitor.picture_html(session) and session.canvas.at == 0
+    assert "all of the picture" in session.where("make it night") and session.paint is None
+
+
+def test_scales_to_choose_from_are_branches(session):
+    *_, (told, done, _) = session.try_scales("make it night", steps=1, text_scale=1.0, image_scale=1.0)
+    assert done == 1 and "9 results" in told and session.canvas.at == 0
+    states = session.canvas.states[1:]
+    assert len({(s.settings["text_scale"], s.settings["image_scale"]) for s in states}) == 9
+    assert {state.parent for state in states} == {0} and "text 0.67, image 0.8" in visitor.tree_html(session.canvas)
+
+
+def test_steps_can_be_looked_at(session):
+    seen = [picture for *_, picture in session.edit("make it night", steps=3) if picture is not None]
+    assert seen and seen[0].size == (16, 16)
+    off = abs(np.asarray(seen[0], float) - np.asarray(session.canvas.states[0].image.resize((16, 16)))).mean()
+    assert off < 60  # of the first step, at full noise: already the scene
 
 
 # ---- starting
@@ -385,6 +471,40 @@ def test_a_person_paints_edits_undoes_branches_and_saves(person, editor):
 
 
 @in_browser
+def test_keys_a_small_window_the_dark_and_the_picture_before(person):
+    from selenium.webdriver.common.keys import Keys
+
+    driver, session = person.driver, person.visit()
+    try:
+        emulate = driver.execute_cdp_cmd
+        emulate("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
+        size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+        emulate("Emulation.setDeviceMetricsOverride", size)
+        session = person.visit()
+        assert driver.execute_script("return document.documentElement.scrollWidth") == 360
+        dark = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert max(map(int, re.findall(r"\d+", dark)[:3])) < 60
+        person.say("make it night")
+        person.all("textarea")[0].send_keys(Keys.CONTROL, Keys.ENTER)
+        person.until(lambda: person.told.startswith("Edit 1"))
+        assert driver.execute_script("return document.documentElement.scrollWidth") == 360
+        clip = "return getComputedStyle(document.querySelector('.before')).clipPath"
+        assert driver.execute_script(clip) == "inset(0px 100% 0px 0px)"
+        driver.execute_script(
+            "const r = document.querySelector('[data-compare]'); r.value = 40;"
+            "r.dispatchEvent(new Event('input', {bubbles: true}))"
+        )
+        assert driver.execute_script(clip) == "inset(0px 60% 0px 0px)"
+        driver.execute_script("document.activeElement.blur()")
+        for keys, at in (("z", 0), ("y", 1)):
+            driver.find_element("css selector", "body").send_keys(Keys.CONTROL, keys)
+            person.until(lambda at=at: session.canvas.at == at and f"At {at}" in person.told)
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@in_browser
 def test_what_goes_wrong_is_told_on_the_page_and_harms_nothing(person, tmp_path):
     session = person.visit()
     canvas, before = session.canvas, person.shown()
@@ -405,7 +525,7 @@ def test_what_goes_wrong_is_told_on_the_page_and_harms_nothing(person, tmp_path)
 
     world.render(world.scene(5)).resize((96, 64)).save(tmp_path / "photo.png")
     person.upload(tmp_path / "photo.png")
-    person.until(lambda: person.told == "photo.png is open")
+    person.until(lambda: person.told.startswith("photo.png is open. It is no scene"))
     assert person.until(lambda: person.shown().size == session.canvas.image.size)
 
 
@@ -483,6 +603,7 @@ def test_a_person_hides_weakens_drags_and_takes_out_edits(person):
             on.dispatchEvent(new DragEvent(type, {bubbles: true, cancelable: true, dataTransfer}));"""
     person.driver.execute_script(drag)
     person.until(lambda: [state.depth for state in canvas.stack] == [1, 0] and "move edit 2" in person.told)
+    person.until(lambda: "make it day" in person.all("#stack .layer")[0].text)  # which is shown a moment later
     person.click("#stack [data-change=retract]")
     person.until(lambda: len(person.all("#stack .layer")) == 1)
     assert [state.instruction for state in canvas.stack] == ["make it night"]

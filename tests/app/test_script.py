@@ -1,0 +1,72 @@
+"""The studio driven by a script, with gradio's own client, as README.md in emilie_min/app says."""
+
+import base64
+import importlib.util
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import emilie_min
+from emilie_min.app.visitor import data_url
+from emilie_min.canvas.photo import open_photo
+from emilie_min.toy import world
+
+pytestmark = [
+    pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="not installed: gradio"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+def opened(url: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+
+
+def test_a_script_opens_edits_looks_undoes_and_is_told_what_is_wrong(shipped):
+    import gradio_client
+    from pages import served
+
+    photo = world.render(world.scene(3)).resize((96, 96))
+    with served(shipped) as page:
+        client = gradio_client.Client(page.url, verbose=False)
+        names = {"/open", "/edit", "/where", "/undo", "/redo", "/go"}
+        assert set(client.view_api(return_format="dict")["named_endpoints"]) == names
+        told, picture = client.predict(data_url(photo), api_name="/open")
+        assert told.startswith("the picture is open") and np.array_equal(opened(picture), photo)
+        mask = Image.new("RGBA", (64, 64))
+        mask.paste((0, 0, 0, 255), (32, 0, 64, 64))
+        told, edited = client.predict("make it night", data_url(mask), steps=4, text_scale=1.1, api_name="/edit")
+        assert told.startswith("Edit 1: make it night, where you painted")
+        alone = open_photo(photo, shipped)
+        for _ in alone.steps([("make it night", alone.at_own_size(mask.getchannel("A")))], steps=4, text_scale=1.1):
+            pass
+        assert np.array_equal(opened(edited), alone.image)
+        told, where = client.predict("remove the square", api_name="/where")
+        assert "would act here" in told and opened(where).size == (64, 64)
+        assert np.array_equal(opened(client.predict(api_name="/undo")[1]), photo)
+        assert client.predict(api_name="/redo")[1] == edited
+        assert np.array_equal(opened(client.predict(0, api_name="/go")[1]), photo)
+        other = gradio_client.Client(page.url, verbose=False)
+        for call, told in (
+            (lambda: client.predict("make it winter", "", api_name="/edit"), "'winter'"),
+            (lambda: client.predict(api_name="/undo"), "nothing to undo"),
+            (lambda: client.predict("/etc/passwd", api_name="/open"), "data URL"),
+            (lambda: other.predict("make it night", "", api_name="/edit"), "open one"),
+        ):
+            with pytest.raises(gradio_client.exceptions.AppError, match=told):
+                call()
+
+
+def test_two_scripts_have_pictures_of_their_own(shipped):
+    import gradio_client
+    from pages import served
+
+    with served(shipped) as page:
+        pictures = [world.render(world.scene(seed)) for seed in (3, 4)]
+        clients = [gradio_client.Client(page.url, verbose=False) for _ in pictures]
+        for client, picture in zip(clients, pictures):
+            client.predict(data_url(picture), api_name="/open")
+        for client, picture in zip(clients, pictures):
+            assert np.array_equal(opened(client.predict(0, api_name="/go")[1]), picture)
+    assert emilie_min.__version__
