@@ -28,7 +28,7 @@ run() { # SEEDS METHOD ...
 
 report() { # [FIGURE ...]
     $emilie bench report "$dir/$part-run" --out "$dir/$part-report" --grids 2
-    cp "$dir/$part-report/report.md" "$here/$part.md"
+    sed "s/](\([a-z]*\)\.svg)/]($part-\1.svg)/" "$dir/$part-report/report.md" >"$here/$part.md"
     cp "$dir/$part-report/metrics.csv" "$here/$part.csv"
     for figure in "$@"; do cp "$dir/$part-report/$figure.svg" "$here/$part-$figure.svg"; done
 }
