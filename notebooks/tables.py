@@ -136,9 +136,9 @@ def page() -> str:
         twins=items("twins"),
         imie=items("imie"),
         diffedit=diffedit,
-        clip=""
+        clip="\nThe small world's scores are by its own CLIP and BLIP-2, which have seen no photo."
         if scored
-        else "\nCLIP and BLIP have not been run on it: `emilie bench report --clip --blip` adds their columns.",
+        else "\nThe report has no scores of CLIP and BLIP yet: `emilie bench report` adds them.",
         concat=" Concat has not been run yet." if ends["concat"] == NONE else "",
     )
 

@@ -1,6 +1,7 @@
-"""Several instructions in one pass, each in its region: their noise predictions averaged in shares that sum to 1.
+"""Several instructions in one pass, each in its region: their noise predictions averaged in shares, or weighted.
 
-Ours: the paper edits one region after another. By Eq. 7 it averages energies; a product of experts would add them.
+Ours: the paper edits one region after another. By Eq. 7 shares that sum to 1 average energies; a product of experts
+would add them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
