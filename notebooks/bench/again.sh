@@ -46,14 +46,14 @@ for part in $parts; do
     imie)
         make imie imie 40
         run 0 $gates ip2p concat bld $given:guidance=1.0 $given diffedit pnp:inversion_steps=50
-        run 0,1,2,3,4 emilie emilie:masks=false ip2p
+        run 0,1,2 emilie emilie:masks=false ip2p
         report turns drift ;;
     drift)
         make drift drift 40
         run 0 emilie ip2p
         report turns drift ;;
     nothing)
-        make nothing nothing 40
+        make nothing nothing 10
         run 0 emilie ip2p untouched vae paste lowpass
         report turns drift ;;
     hundred)
@@ -61,12 +61,12 @@ for part in $parts; do
         run 0 emilie ip2p untouched vae
         report turns drift ;;
     undo)
-        make undo undo 40
-        run 0,1,2,3,4 emilie ip2p
+        make undo undo 20
+        run 0 emilie ip2p
         report turns drift ;;
     night-here)
-        make night-here night-here 100
-        run 0 $gates bld $given:guidance=1.0 $given
+        make night-here night-here 16
+        run 0 $gates bld $given
         report ;;
     less) # the same edit with less work
         make less imie 24 --turns 1

@@ -90,7 +90,7 @@ def test_what_doing_less_costs_follows_from_its_edits():
 
 def test_eq8_as_printed_gets_no_masked_turn_right():
     edits = list(csv.DictReader((HERE / "imie.csv").read_text().splitlines()))
-    items = {item.id: item for item in (data.MAKERS["imie"](i, data.FIRST + i, 4) for i in range(24))}
+    items = {item.id: item for item in (data.MAKERS["imie"](i, data.FIRST + i, 4) for i in range(40))}
     of = [e for e in edits if e["method"] == "emilie:gate=eq8" and items[e["item"]].turns[int(e["turn"]) - 1].mask]
     right = [float(e["correct"]) for e in of if e["correct"]]
     assert f"{sum(right):.0f} of its {len(right)} masked turns" in " ".join(README.split())
