@@ -2,6 +2,7 @@
 
 import argparse
 import glob
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -174,6 +175,7 @@ def done(folder: Path, name: str, texts: Sequence[str], changes: dict) -> bool:
     except ImageError:
         edits = []
     asked = {key: value for key, value in changes.items() if value is not None and key != "keep_background"}
+    asked = json.loads(json.dumps(asked))  # as they read back: of tuples become lists
     same = [edit["instruction"] for edit in edits] == list(texts)
     if not same or any(edit["settings"].get(key, value) != value for edit in edits for key, value in asked.items()):
         raise CanvasError(f"{path} is there and of another run: name another folder with --out")
