@@ -1,5 +1,6 @@
 """Fixtures: the small model of the reference data: its config, stand-in weights, goldens and networks."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from emilie_min.emilie import Editor
 from emilie_min.toy import world
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too
 
 
 def pytest_addoption(parser):
