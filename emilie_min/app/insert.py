@@ -24,7 +24,8 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--format", metavar="TEXT", help='how a caption becomes an instruction (default: "add {caption}")')
     sub.add_argument("--graconet", type=Path, metavar="FILE", help="GracoNet's 11.pth (default: the small model)")
     sub.add_argument("--blip2", metavar="MODEL", help="a folder, or a name in the hub's cache (default: the small one)")
-    told = "the object itself: redraw its paste in this last part of the steps alone, 0 to 1 (0.25 if not given)"
+    told = "the object itself: redraw its paste in this last part of the steps alone, 0 to 1 (0.25 if not given); in "
+    told += "the small world 0.1 keeps some of its colour but not the scene's style, 0.5 the other way round"
     sub.add_argument("--keep", type=float, nargs="?", const=0.25, metavar="PART", help=told)
     add_settings(sub)
     sub.add_argument("--resolution", type=resolution, help='longer side to work at, in px, or "native"')

@@ -1,6 +1,7 @@
 """Measure the small models of object insertion, apart and together, on what no training saw.
 
     python -m emilie_min.insert.evaluate --out weights/toy-insert.eval.json
+    python -m emilie_min.insert.evaluate --keep 30 --out weights/toy-insert.eval.json   # the entry "keep" alone
 
 Every rate is over 200 unseen pairs or pictures (`--pairs`); chance stands beside it.
 """
@@ -201,7 +202,6 @@ def evaluate(editor: Editor, n: int = 200) -> dict:
                 for name in ("toy-clip", "toy-clip-captions")
             },
             "insertion": together(editor, net, captioner, n),
-            "keep": keeping(editor, n * 3 // 10),
         }
     return found
 
@@ -209,10 +209,17 @@ def evaluate(editor: Editor, n: int = 200) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument(
+        "--keep", type=int, metavar="N", help="only `keeping`, over N pairs of each kind; --out keeps the rest"
+    )
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    text = json.dumps(evaluate(load(device="cpu"), args.pairs), indent=1)
+    editor = load(device="cpu")
+    found = evaluate(editor, args.pairs) if args.keep is None else {"keep": keeping(editor, args.keep)}
+    if args.out and args.out.exists():
+        found = json.loads(args.out.read_text(encoding="utf-8")) | found
+    text = json.dumps(found, indent=1)
     print(text)
     if args.out:
         write_bytes(f"{text}\n".encode(), args.out)

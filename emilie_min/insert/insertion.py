@@ -90,7 +90,8 @@ class Plan:
 
         level: the part of the steps that are done, 0 to 1. The model sees the picture without the object and is told to
         add it; what it starts from is the paste under that much noise; and the anchor gate holds all but the object and
-        a rim of a latent's cell. The higher the level, the more of the object is the model's. Raises SamplingError.
+        a rim of a latent's cell. The higher the level, the more of the object is the model's: in the small world no
+        level both keeps a colour that no word says and fits another style (weights/README.md). Raises SamplingError.
         """
         self.check(take)
         canvas, level = self.canvas, as_part(level, "keep")
