@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..bench.cli import which_shard
+from ..bench.cli import own_device, which_shard
 from ..errors import CanvasError, EmilieError, InstructionError, MaskError, say
 from . import language
 from .edit import read_edits, settings, with_places
@@ -38,10 +38,7 @@ def run(args: argparse.Namespace) -> int:
         raise MaskError("--batch takes the same for every picture: --box and --mask N=auto, no other mask, no --canvas")
     found = pictures(args.batch, args.out)
     shard = which_shard(None, dict(os.environ))
-    if shard[1] > 1 and args.device in (None, "cuda"):
-        import torch
-
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    args.device = own_device(args.device, shard, os.environ)
     mine = found[shard[0] - 1 :: shard[1]]
     folder = writable(args.out)
     todo = [(source, name) for source, name in mine if not done(folder, name, texts, changes)]

@@ -35,7 +35,7 @@ from ..sampling import noise_stream
 from ..speed.measure import LIMITS, forget_peak, peak_rss
 from ..toy import world
 from ..toy.judge import judge
-from .options import find_released, load_editor
+from .options import find_released, load_editor, small_world
 
 GREEN, YELLOW, RED = "green", "yellow", "red"
 INKS = {GREEN: 32, YELLOW: 33, RED: 31}
@@ -81,7 +81,7 @@ class Subject:
         )
         factor = self.editor.vae.factor
         self.noise = noise_stream((1, 4, self.side // factor, self.side // factor), 0, "check")()
-        self.kind = "toy" if self.editor.config.sampling.resolution == world.SIZE else "ip2p"
+        self.kind = "toy" if small_world(self.editor) else "ip2p"
         self.text = "make it night"
 
     def z_img(self) -> Tensor:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from ..errors import EmilieError, say
-from .options import add_model_options, add_path_options, edit_with_bar, load_editor, writable
+from .options import add_model_options, add_path_options, edit_with_bar, load_editor, small_world, writable
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
@@ -45,5 +45,5 @@ def run(args: argparse.Namespace) -> None:
 def need_small_world(editor) -> None:
     from ..toy import world
 
-    if editor.config.sampling.resolution != world.SIZE:
+    if not small_world(editor):
         raise EmilieError(f"{editor.model} was not made for the small world of {world.SIZE} px: leave --weights out")

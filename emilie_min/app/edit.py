@@ -105,18 +105,14 @@ def resolution(text: str) -> int | str:
 def run(args: argparse.Namespace) -> None:
     from ..canvas import about, images
     from ..canvas.canvas import open as open_canvas
-    from ..canvas.photo import Photo, open_photo
-    from ..canvas.session import is_session, start
+    from ..canvas.photo import open_photo
+    from ..canvas.session import start
     from ..canvas.strip import strip
 
     changes = settings(args)
-    going_on = args.canvas is not None and os.path.exists(args.canvas)
+    going_on = goes_on(args)
     if going_on and not os.path.exists(args.input) and not language.looks_like_a_file(args.input):
         args.input, args.instructions = None, [args.input, *args.instructions]
-    if going_on and not is_session(args.canvas):
-        raise CanvasError(f"{args.canvas} is there and no canvas: name another file with --canvas")
-    if going_on and args.resolution is not None:
-        raise CanvasError("--resolution belongs to the start of a session, and --canvas goes on with one")
     if not args.instructions:
         raise InstructionError('no instruction: say what to change, as in `emilie edit photo.png "make it winter"`')
     if not all(text.strip() for text in args.instructions):
@@ -132,10 +128,7 @@ def run(args: argparse.Namespace) -> None:
         canvas = open_canvas(original, editor, args.seed or 0, args.resolution)
     else:
         canvas = open_photo(original, editor, args.seed or 0, args.resolution).canvas
-    try:
-        photo = None if original is None else Photo(original, canvas)
-    except CanvasError as error:
-        raise CanvasError(f"{args.canvas} is a session on another picture than {args.input}") from error
+    photo = None if original is None else photo_of(original, canvas, args.canvas, args.input)
     target = canvas if photo is None or args.working_size else photo
     if args.mask_invert:
         edits = [[(text, inverted(mask, canvas, args.soft)) for text, mask in regions] for regions in edits]
@@ -189,6 +182,29 @@ def run(args: argparse.Namespace) -> None:
         say(f"wrote {images.save(strip(cells), folder / strip_name)}")
 
 
+def goes_on(args: argparse.Namespace) -> bool:
+    """Whether --canvas names a session that is there. Raises CanvasError."""
+    from ..canvas.session import is_session
+
+    if args.canvas is None or not os.path.exists(args.canvas):
+        return False
+    if not is_session(args.canvas):
+        raise CanvasError(f"{args.canvas} is there and no canvas: name another file with --canvas")
+    if args.resolution is not None:
+        raise CanvasError("--resolution belongs to the start of a session, and --canvas goes on with one")
+    return True
+
+
+def photo_of(original, canvas, session: Path | None, name: object):
+    """The picture of a canvas at its own size, as a `Photo`. Raises CanvasError."""
+    from ..canvas.photo import Photo
+
+    try:
+        return Photo(original, canvas)
+    except CanvasError as error:
+        raise CanvasError(f"{session} is a session on another picture than {name}") from error
+
+
 def check_edit(photo, canvas, regions: list[tuple], soft: bool, crop: bool) -> None:
     """Whether an edit's masks and words can be used, in a crop or on the canvas; a mask that is small is told of.
 
@@ -214,15 +230,14 @@ def check_edit(photo, canvas, regions: list[tuple], soft: bool, crop: bool) -> N
 
 def with_places(regions: list[tuple], target, canvas) -> list[tuple]:
     """An edit's regions, with the masks that it has to find by itself found, see `canvas.where`, and told."""
-    from ..canvas import where
+    from ..canvas import about, where
 
     placed = []
     for text, mask in regions:
         if mask == AUTO:
             mask = where.mask(canvas, text)
-            share = 1.0 if mask is None else sum(mask.histogram()[128:]) / (mask.width * mask.height)
-            what = "acts on all of the picture: no mask" if mask is None else f"acts on {share:.0%} of the picture"
-            say(f'"{text}" {what}')
+            what = "all of the picture: no mask" if mask is None else f"{about.share(mask):.0%} of the picture"
+            say(f'"{text}" acts on {what}')
             if mask is not None and target is not canvas:
                 mask = target.at_own_size(mask)
         placed.append((text, mask))

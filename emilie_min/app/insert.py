@@ -1,13 +1,12 @@
 """`emilie insert`: a base and an object's picture in; proposals, plain paste and EMILIE's picture out (Fig. 8)."""
 
 import argparse
-import os
 from functools import partial
 from pathlib import Path
 
 from ..errors import BenchError, CanvasError, EmilieError, ImageError, MaskError, say
-from .edit import add_settings, claimed, gone_without_edits, read_box, resolution, settings
-from .options import add_model_options, add_path_options, load_editor, tell_foreign, writable
+from .edit import add_settings, claimed, goes_on, gone_without_edits, photo_of, read_box, resolution, settings
+from .options import add_model_options, add_path_options, load_editor, tell_foreign, with_bar, writable
 
 GRID = 40  # rows of a grid at most
 
@@ -38,8 +37,8 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..canvas import about, images
     from ..canvas.canvas import open as open_canvas
-    from ..canvas.photo import Photo, open_photo
-    from ..canvas.session import is_session, start
+    from ..canvas.photo import open_photo
+    from ..canvas.session import start
     from ..canvas.strip import strip
     from ..insert import insertion
 
@@ -50,18 +49,11 @@ def run(args: argparse.Namespace) -> None:
         return over_benchmark(args, changes)
     if args.inset is None:
         raise ImageError("what to insert? Name a picture of it, as in `emilie insert base.jpg kite.png`")
-    going_on = args.canvas is not None and os.path.exists(args.canvas)
-    if going_on and not is_session(args.canvas):
-        raise CanvasError(f"{args.canvas} is there and no canvas: name another file with --canvas")
-    if going_on and args.resolution is not None:
-        raise CanvasError("--resolution belongs to the start of a session, and --canvas goes on with one")
+    going_on = goes_on(args)
     original, inset = images.read_image(args.base), insertion.read_inset(args.inset, args.inset_mask)
     editor = load_editor(args)
     if going_on:
-        try:
-            photo = Photo(original, open_canvas(args.canvas, editor))
-        except CanvasError as error:
-            raise CanvasError(f"{args.canvas} is a session on another picture than {args.base}") from error
+        photo = photo_of(original, open_canvas(args.canvas, editor), args.canvas, args.base)
     else:
         photo = open_photo(original, editor, args.seed or 0, args.resolution)
     canvas = photo.canvas
@@ -139,23 +131,20 @@ def over_benchmark(args: argparse.Namespace, changes: dict) -> None:
                 continue
             images.save(strip([*columns, (canvas.image, f"EMILIE: {canvas.state.instruction}", None)]), place)
             say(f"wrote {place}")
-        rows.append(Image.open(place))
+        if len(rows) < GRID:
+            rows.append(Image.open(place))
     if not rows:
         raise BenchError(f"of {args.base} no item could be done")
     grid = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     top = 0
-    for row in rows[:GRID]:
+    for row in rows:
         grid.paste(row, (0, top))
         top += row.height
-    say(f"wrote {images.save(grid.crop((0, 0, grid.width, top)), folder / 'grid.png')}")
+    say(f"wrote {images.save(grid, folder / 'grid.png')}")
 
 
 def draw(planned, take: int, keep: float | None, changes: dict) -> None:
     """The edit, with a bar of its steps."""
-    from tqdm import tqdm
-
     steps = planned.steps(take, **changes) if keep is None else planned.keep_steps(take, keep, **changes)
     total = changes.get("steps") or planned.canvas.editor.config.sampling.steps
-    with tqdm(total=total if keep is None else max(1, round(keep * total)), desc=planned.instruction(take)) as bar:
-        for step in steps:
-            bar.update(step.sigma > 0)
+    with_bar(steps, total if keep is None else max(1, round(keep * total)), planned.instruction(take))

@@ -131,7 +131,7 @@ def claimed_grid(folder: Path, stem: str) -> Iterator[tuple[Path, Path]]:
 
 
 def run_where(args: argparse.Namespace) -> None:
-    from ..canvas import images, where
+    from ..canvas import about, images, where
 
     threshold = where.THRESHOLD if args.threshold is None else args.threshold
     if not 0 < threshold <= 1:
@@ -139,7 +139,7 @@ def run_where(args: argparse.Namespace) -> None:
     photo, started = opened(args, args.seed), time.time()
     canvas, folder, stem = photo.canvas, writable(args.out), Path(args.input).stem
     cells = where.differences(canvas, args.instruction)
-    mask = where.mask(canvas, args.instruction, threshold)
+    mask = where.marked(cells, canvas.image.size, threshold)
     drawn = images.put_back(where.drawn(canvas.image, cells), photo.photo, photo.box)
     say(f"wrote {images.save(drawn, free(folder, f'{stem}_where'))}")
     if mask is None:
@@ -147,9 +147,8 @@ def run_where(args: argparse.Namespace) -> None:
         return
     own = photo.at_own_size(mask)
     say(f"wrote {images.save(own, free(folder, f'{stem}_where_mask'))}, for --mask 1=FILE, or say --mask auto at once")
-    share = sum(own.histogram()[128:]) / (own.width * own.height)
     box = ",".join(map(str, own.getbbox()))
-    say(f'"{args.instruction}" acts on {share:.1%} of the picture, in {box}; {time.time() - started:.1f} s')
+    say(f'"{args.instruction}" acts on {about.share(own):.1%} of the picture, in {box}; {time.time() - started:.1f} s')
 
 
 def free(folder: Path, stem: str) -> Path:

@@ -2,6 +2,7 @@
 
 import argparse
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import EmilieError, note, printable, say
@@ -65,11 +66,18 @@ def find_released() -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
+def small_world(editor) -> bool:
+    """Whether a model was made for the small world of shapes."""
+    from ..toy import world
+
+    return editor.config.sampling.resolution == world.SIZE
+
+
 def tell_foreign(editor, picture, name: str = "the picture") -> bool:
     """Whether a small model is given a working picture that is no scene of its world, which is told."""
-    from ..toy import judge, world
+    from ..toy import judge
 
-    if editor.config.sampling.resolution != world.SIZE or judge.is_scene(picture):
+    if not small_world(editor) or judge.is_scene(picture):
         return False
     note(
         f"{printable(name, 100)} is no scene of the small model's world of shapes, and it knows nothing else: expect "
@@ -91,13 +99,16 @@ def writable(folder: Path, option: str = "--out") -> Path:
 
 def edit_with_bar(canvas, number: int, regions: list[tuple], **settings):
     """`Canvas.edit`, or a `Photo`'s, the number-th of this run, with a bar of its steps."""
+    editor = getattr(canvas, "canvas", canvas).editor
+    total = settings.get("steps") or editor.config.sampling.steps
+    with_bar(canvas.steps(regions, **settings), total, f"{number}. {' + '.join(text for text, _ in regions)}")
+    return canvas.image
+
+
+def with_bar(steps: Iterable, total: int, what: str) -> None:
+    """Go through an edit's steps, with a bar of them."""
     from tqdm import tqdm
 
-    editor = getattr(canvas, "canvas", canvas).editor
-    steps = settings.get("steps") or editor.config.sampling.steps
-    with tqdm(
-        total=steps, desc=printable(f"{number}. {' + '.join(text for text, _ in regions)}", 80), leave=True
-    ) as bar:
-        for step in canvas.steps(regions, **settings):
+    with tqdm(total=total, desc=printable(what, 80)) as bar:
+        for step in steps:
             bar.update(step.sigma > 0)
-    return canvas.image

@@ -20,7 +20,8 @@ from ..canvas.settings import GATES
 from ..emilie import Editor
 from ..errors import EmilieError
 from .layers import change, stack_html
-from .visitor import Told, Visitor, data_url, picture_html, small_world, tree_html
+from .options import small_world
+from .visitor import Told, Visitor, data_url, picture_html, tree_html
 
 PAGES, WAITING = 256, 20  # visitors that are kept, the latest ones; events that may wait
 SENT = ("text_scale", "image_scale", "steps", "seed", "gate", "negative")  # of an edit's settings

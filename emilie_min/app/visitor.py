@@ -15,7 +15,6 @@ from html import escape
 from pathlib import Path
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from ..canvas import about, images, where
 from ..canvas.canvas import Canvas
@@ -30,6 +29,7 @@ from ..sampling import Step
 from ..toy import judge, world
 from .edit import LITTLE
 from .looks import TIMES
+from .options import small_world
 
 SHOWN, THUMB = 512, 88  # px: up to where a small picture is shown enlarged; the height of those in the tree of edits
 LONGEST = 2000  # characters that are looked at for an instruction
@@ -194,7 +194,7 @@ class Visitor:
         self.paint = mask
         if mask is None:
             return f"{text}: acts on all of the picture"
-        return f"{text}: would act here, on {share_of(mask):.0%} of the picture. Press Edit, or paint on"
+        return f"{text}: would act here, on {about.share(mask):.0%} of the picture. Press Edit, or paint on"
 
     def try_scales(self, text: str, paint: str = "", **settings) -> Iterator[Told]:
         """Nine edits around the two scales that are set, as branches to choose from."""
@@ -278,10 +278,6 @@ class Visitor:
         return f"{self.name}_{canvas.at}_strip.png", png(strip(cells))
 
 
-def small_world(editor: Editor) -> bool:
-    return editor.config.sampling.resolution == world.SIZE
-
-
 def read_paint(url: str, size: tuple[int, int]) -> Image.Image | None:
     """What the page sends as a mask: a PNG as data URL, opaque where to edit; "" = no mask, None. Raises MaskError."""
     if not url:
@@ -301,15 +297,9 @@ def read_paint(url: str, size: tuple[int, int]) -> Image.Image | None:
 
 
 def png(image: Image.Image, texts: Mapping[str, str] | None = None) -> bytes:
-    info, out = PngInfo(), io.BytesIO()
-    for key, text in (texts or {}).items():
-        info.add_itxt(key, text)
-    image.save(out, "PNG", pnginfo=info)
+    out = io.BytesIO()
+    image.save(out, "PNG", pnginfo=images.png_texts(texts or {}))
     return out.getvalue()
-
-
-def share_of(mask: Image.Image) -> float:
-    return sum(mask.histogram()[128:]) / (mask.width * mask.height)
 
 
 def data_url(image: Image.Image) -> str:
@@ -333,8 +323,8 @@ def picture_html(visitor: Visitor) -> str:
     pixels = "pixels" if times > 1 else ""
     links = "".join(f'<a id="save-{x}" href="save/{visitor.key}/{x}" download>Save {x}</a>' for x in SAVES)
     compare = (
-        '<label class="compare">Before <input type="range" min="0" max="100" value="0" data-compare '
-        'aria-label="compare with the picture before"> after</label>'
+        '<label class="compare">After <input type="range" min="0" max="100" value="0" data-compare '
+        'aria-label="compare with the picture before"> before</label>'
     )
     return (
         f'<div class="board {pixels}" style="width:{times * image.width}px;aspect-ratio:{width}/{height}" '

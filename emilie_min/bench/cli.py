@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..errors import BenchError, printable, say
@@ -113,11 +113,8 @@ def names(text: str) -> list[str]:
 def run_run(args: argparse.Namespace) -> None:
     from . import run
 
-    shard, device = which_shard(args.shard, os.environ), args.device
-    if device in (None, "cuda") and "LOCAL_RANK" in os.environ and shard[1] > 1:
-        import torch
-
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    shard = which_shard(args.shard, os.environ)
+    device = own_device(args.device, shard, os.environ)
     try:
         seeds = [int(seed) for seed in names(args.seeds)]
     except ValueError:
@@ -127,6 +124,15 @@ def run_run(args: argparse.Namespace) -> None:
     done = run.run(args.folder, names(args.methods), args.out, seeds, models, shard, **common)
     missing, failed = run.state(done)
     say(f"{args.out}: {missing} edits missing, {failed} failed" if missing or failed else f"{args.out}: complete")
+
+
+def own_device(device: str | None, shard: tuple[int, int], environ: Mapping[str, str]) -> str | None:
+    """The card of this process of torchrun's, where several share the work and none is named."""
+    if device not in (None, "cuda") or "LOCAL_RANK" not in environ or shard[1] == 1:
+        return device
+    import torch
+
+    return f"cuda:{environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
 
 
 def which_shard(text: str | None, environ: dict) -> tuple[int, int]:

@@ -70,7 +70,7 @@ def open(
 
 def resumed(sampler: Sampler, first: int, x: Tensor) -> Sampler:
     """A sampler that goes on from x, before step `first`."""
-    return lambda denoise, _, sigmas, *rest: sampler(denoise, x.to(_.device), sigmas[first:], *rest)
+    return lambda denoise, noise, sigmas, *rest: sampler(denoise, x.to(noise), sigmas[first:], *rest)
 
 
 def check_can_edit(editor: Editor) -> None:
@@ -206,9 +206,7 @@ class Canvas:
                     kept[i] = step.x.cpu()
                 yield step._replace(i=i)
             latent = step.x.cpu()
-            if (
-                union is not None and settings.keep_background
-            ):  # whatever the gate: the next edit starts from what is seen
+            if union is not None and settings.keep_background:  # whatever the gate: the next starts from what is seen
                 latent = torch.where(union == 0, parent.latent, latent)
         record = settings.record() | ({"own": own} if any(own) else {})
         state = State(" + ".join(texts), latent, parent.image, at, None, record, f, depth=depth, kept=kept)

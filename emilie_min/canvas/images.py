@@ -43,15 +43,19 @@ def read_image(picture: Picture) -> Image.Image:
 
 def save(image: Image.Image, path: Path, about: Mapping[str, str] | None = None) -> Path:
     """A PNG that says that it is sRGB, whole or not at all; -> the path. about: texts to put in. Raises ImageError."""
-    texts = PngInfo()
-    for key, text in (about or {}).items():
-        texts.add_itxt(key, text)
     try:
         with atomic_write(path) as f:
-            image.save(f, format="PNG", icc_profile=srgb_profile(), pnginfo=texts)
+            image.save(f, format="PNG", icc_profile=srgb_profile(), pnginfo=png_texts(about or {}))
     except OSError as error:
         raise ImageError(f"cannot write {path}: {error.strerror or error}") from error
     return path
+
+
+def png_texts(about: Mapping[str, str]) -> PngInfo:
+    texts = PngInfo()
+    for key, text in about.items():
+        texts.add_itxt(key, text)
+    return texts
 
 
 def fit_size(size: tuple[int, int], resolution: int | str, multiple: int) -> tuple[int, int]:

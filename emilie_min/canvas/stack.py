@@ -60,15 +60,17 @@ class Layer:
     def key(self) -> tuple:
         """What its result depends on, besides its input."""
         masks = tuple(None if mask is None else mask.tobytes() for mask in self.masks)
-        told = {name: value for name, value in self.settings.items() if name not in ("own", "scrubbed")}
         own = [sorted(own.items()) for own in self.settings.get("own", [])]
-        more = repr(Settings(**told, allow_empty=True)), repr(own), repr(self.settings.get("scrubbed"))
+        more = repr(self.told()), repr(own), repr(self.settings.get("scrubbed"))
         return self.texts, masks, *more, self.depth, self.shown, self.strength
 
+    def told(self, **changes) -> Settings:
+        """Its settings, with changes: what its record has of `Settings`, and not of regions or of scrubbing."""
+        record = {name: value for name, value in self.settings.items() if name not in ("own", "scrubbed")}
+        return Settings(**record | {"allow_empty": True} | changes)
+
     def asked(self, canvas) -> tuple[Asked, Settings]:
-        record = {name: value for name, value in self.settings.items() if name != "scrubbed"}
-        own = record.pop("own", [{} for _ in self.texts])
-        settings = Settings(**record, allow_empty=True)
+        settings, own = self.told(), self.settings.get("own", [{} for _ in self.texts])
         return canvas.asked(list(self.texts), self.masks, own, settings), settings
 
 
@@ -287,9 +289,8 @@ def revise(
     **changes,  # type: ignore[assignment]
 ) -> Layer:
     """An edit with another instruction, mask (None: everywhere; ... : as it was) or other settings."""
-    record = {name: value for name, value in layer.settings.items() if name != "scrubbed"}
-    own = record.pop("own", [])
-    settings = Settings(**record | {"allow_empty": True} | changes).resolve(canvas.editor.config.sampling, canvas.seed)
+    own = layer.settings.get("own", [])
+    settings = layer.told(**changes).resolve(canvas.editor.config.sampling, canvas.seed)
     if instruction is None and mask is ...:
         texts, masks = layer.texts, layer.masks
     else:
@@ -322,9 +323,7 @@ def change(canvas, name: str, k: int, *more, way: str = "support", **revised) ->
 def _change(canvas, walk: Walk, edits: list[Layer], made: dict) -> Iterator[Step]:
     end = yield from walk.through(edits)
     states = walk.states
-    if made["change"] == "move" and walk.made[walk.recipe[end]] == end >= len(
-        canvas.states
-    ):  # all that was shown still is
+    if made["change"] == "move" and walk.made[walk.recipe[end]] == end >= len(canvas.states):  # all still shows
         where, result = walk.remade, states[end]
         result.latent = canvas.state.latent if where is None else torch.where(where, result.latent, canvas.state.latent)
         result.image = canvas.image if where is None else walk.canvas_at(end).picture(result)

@@ -27,10 +27,10 @@ def steps(canvases: Sequence[Canvas], instruction: str, **changes) -> Iterator[S
     """
     first, sizes = canvases[0], {canvas.z_init.shape for canvas in canvases}
     alike = len(sizes) == 1 and all(c.editor is first.editor and c.seed == first.seed for c in canvases)
-    if not alike or len({len(canvas.history) for canvas in canvases}) > 1 or not can(**changes):
+    if not alike or len({canvas.depth for canvas in canvases}) > 1 or not can(**changes):
         raise CanvasError("these cannot be edited together: they differ in size, model, seed or depth, or in settings")
     settings = Settings(**changes).resolve(first.editor.config.sampling, first.seed)
-    editor, n, depth = first.editor, len(canvases), len(first.history)
+    editor, n, depth = first.editor, len(canvases), first.depth
     cond, null = editor.context([instruction, ""]).split(1)
     given = [canvas.image_latent(settings.rescale, settings.iterate) for canvas in canvases]
     z_img = torch.cat([z for z, _ in given]).to(editor.device)
@@ -49,5 +49,5 @@ def steps(canvases: Sequence[Canvas], instruction: str, **changes) -> Iterator[S
     for canvas, latent, (_, f) in zip(canvases, step.x.cpu().split(1), given):
         latent = latent.clone()
         image = images.from_latent(editor, latent)
-        canvas.states.append(State(instruction, latent, image, canvas.at, None, settings.record(), f))
+        canvas.states.append(State(instruction, latent, image, canvas.at, None, settings.record(), f, depth=depth))
         canvas.at, canvas.redo_stack = len(canvas.states) - 1, []

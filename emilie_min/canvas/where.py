@@ -43,11 +43,14 @@ def differences(canvas: Canvas, instruction: str) -> Tensor:
 
 
 def mask(canvas: Canvas, instruction: str, threshold: float = THRESHOLD) -> Image.Image | None:
-    """Where the differences reach a threshold, and a cell round that: a mask at working size; None = everywhere."""
-    cells = (differences(canvas, instruction) >= threshold).float()
-    if cells.mean() >= EVERYWHERE:
-        return None
-    return as_image(F.max_pool2d(cells, 3, stride=1, padding=1), canvas.state.image.size)
+    """Where an instruction would act, as a mask at working size; None = everywhere. Raises InstructionError."""
+    return marked(differences(canvas, instruction), canvas.state.image.size, threshold)
+
+
+def marked(cells: Tensor, size: tuple[int, int], threshold: float = THRESHOLD) -> Image.Image | None:
+    """Where `differences` reach a threshold, and a cell round that: a mask of this size; None = everywhere."""
+    above = (cells >= threshold).float()
+    return None if above.mean() >= EVERYWHERE else as_image(F.max_pool2d(above, 3, stride=1, padding=1), size)
 
 
 def as_image(cells: Tensor, size: tuple[int, int]) -> Image.Image:

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from .. import loading
 from ..canvas import where
@@ -46,12 +45,13 @@ def measure(editor: Editor, scenes: int) -> dict:
 def one(editor: Editor, scene: world.Scene, seed: int, kind: str) -> dict:
     text, after, place = world.instruct(scene, seed, kind)
     canvas = open_canvas(world.render(scene), editor, seed)
-    mask = where.mask(canvas, text)
+    differences = where.differences(canvas, text)
+    mask = where.marked(differences, canvas.image.size)
     share = 1.0 if mask is None else float((np.asarray(mask) > 0).mean())
     if kind in ALL:
         return {"share": share, "everywhere": mask is None}
     factor = editor.vae.factor
-    peaks = where.as_image(where.differences(canvas, text), canvas.image.size)
+    peaks = where.as_image(differences, canvas.image.size)
     changes = (world.pixels(scene) != world.pixels(after)).any(-1)
     true = cells(changes, factor) >= 0.1
     marked = np.ones_like(true) if mask is None else cells(np.asarray(mask) > 0, factor) > 0.5
@@ -73,19 +73,6 @@ def cells(pixels: np.ndarray, factor: int) -> np.ndarray:
     """The share of each cell that is marked, of (H, W)."""
     height, width = pixels.shape
     return pixels.reshape(height // factor, factor, width // factor, factor).mean((1, 3))
-
-
-def picture(editor: Editor, seed: int) -> Image.Image:
-    """Scenes with the map of an instruction each, to look at."""
-    from ..canvas.strip import strip
-
-    scene, row = world.scene(seed), []
-    canvas = open_canvas(world.render(scene), editor)
-    row.append((canvas.image, "input", None))
-    for kind in world.possible(scene):
-        text, _, _ = world.instruct(scene, seed, kind)
-        row.append((where.drawn(canvas.image, where.differences(canvas, text)), text, where.mask(canvas, text)))
-    return strip(row)
 
 
 if __name__ == "__main__":

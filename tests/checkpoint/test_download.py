@@ -11,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from fuzz.hub import HubHandler
 from test_convert import refused
 
 from emilie_min.checkpoint import download
@@ -54,12 +55,7 @@ class Hub(ThreadingHTTPServer):
         pass  # connections that a test broke
 
 
-class Answer(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
+class Answer(HubHandler):
     def do_HEAD(self):
         self.answer(body=False)
 
@@ -79,13 +75,7 @@ class Answer(BaseHTTPRequestHandler):
             self.end_headers()
             return
         start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted and hub.ranges else 0
-        self.send_response(206 if start else 200)
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("Content-Length", str(len(data) - start))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.end_headers()
+        self.begins(data, start)
         if not body:
             return
         if hub.breaks and len(data) > 1000:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from emilie_min.app.visitor import Visitor
 from emilie_min.checkpoint import download
 from emilie_min.checkpoint.writing import write_bytes
 
+from .hub import HubHandler
 from .kinds import MODEL, prepare
 
 CHAIN = ["make it night", "make it day", "turn it into a comic", "make it night"] * 2
@@ -156,13 +157,10 @@ def a_conversion(folder: Path, rng: random.Random, times: int) -> None:
         assert target.read_bytes() == whole
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(HubHandler):
     """As much of the hub as a download asks for; it is slow, and every other transfer breaks off."""
 
-    protocol_version, asked = "HTTP/1.1", 0
-
-    def log_message(self, *args) -> None:
-        pass
+    asked = 0
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -171,13 +169,7 @@ class Hub(BaseHTTPRequestHandler):
         small = b'{"<|endoftext|>": 1}' if self.path.endswith(".json") else b"#version: 0.2\ni n\n"
         data = WEIGHTS if self.path.endswith(download.WEIGHTS) else small
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-        self.send_response(206 if start else 200)
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("Content-Length", str(len(data) - start))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.end_headers()
+        self.begins(data, start)
         if self.command == "HEAD":
             return
         Hub.asked += 1

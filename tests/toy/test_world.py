@@ -233,7 +233,7 @@ def test_pictures():
 
 
 def test_every_true_picture_is_read_exactly():
-    for s in varied(100):
+    for s in varied(200):
         reading = read(render(s))
         assert reading.scene == s and reading.background_rms == max(reading.place_rms.values()) == 0
         verdict = judge(pixels(s), s)
