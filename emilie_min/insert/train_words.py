@@ -283,14 +283,14 @@ def clip_batch(modules: nn.ModuleDict, instructions: float) -> Batch:
 
 
 def blip2_batch(modules: nn.ModuleDict) -> Batch:
-    """Half scenes, half insets; of these more on plain grounds, near their own colour too, which are the hardest."""
+    """Three insets a scene, whose caption is eight times as long; many on plain grounds, which are the hardest."""
     model, read = modules["model"], tokenizer(end=False)
 
     def batch(step: int) -> dict[str, Tensor]:
         rng = random.Random(f"blip2 {step}")
         pictures, texts, truth = [], [], []
         for i in range(CAPTIONS):
-            if i % 2:
+            if i % 4:
                 picture, caption = inset(rng, "any" if rng.random() < 0.55 else "plain")
                 _, colour, shape = caption.split()
                 pictures.append(np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)))
