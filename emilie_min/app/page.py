@@ -217,7 +217,7 @@ def endpoints(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
             finally:
                 visitor.busy.release()
 
-        kind, needed = Parameter.POSITIONAL_OR_KEYWORD, ("picture", "instruction", "state")
+        kind, needed = Parameter.POSITIONAL_OR_KEYWORD, ("instruction", "state")
         given = [
             Parameter(c.label, kind, default=Parameter.empty if c.label in needed else c.value) for c in inputs
         ]  # by which names a script gives them
@@ -242,7 +242,10 @@ def endpoints(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
         return visitor.edit(instruction or "", mask or "", crop, keep_background=keep, **dict(zip(SENT, given)))
 
     number = gr.Number(0, visible=False, label="state", precision=0)
-    endpoint("open", Visitor.open_url, [text("picture")], "Begin with a picture.")
+    what = "Begin with a picture; without one, with the file that was posted, which may be a saved canvas."
+    endpoint("open", Visitor.open_url, [gr.Textbox("", visible=False, label="picture")], what)
+    what = "In the place of the picture this client's key: POST /open/KEY?name=NAME takes a file, see README.md."
+    endpoint("key", lambda visitor: "Files come and go with this key", [], what, lambda visitor: visitor.key)
     what = "Follow an instruction, everywhere or where the mask, of the working picture's size, is opaque."
     endpoint("edit", edit, [text("instruction"), gr.Textbox("", visible=False, label="mask"), *settings], what)
     what = "Where an instruction would act: the mask stands in the place of the picture, none for everywhere."

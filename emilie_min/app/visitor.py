@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -75,20 +76,35 @@ class Visitor:
                 if is_session(path):
                     photo, session = None, open_canvas(path, self.editor)
                 else:
-                    photo, session = open_photo(images.read_image(path), self.editor), None
+                    photo, session = self.read_photo(path), None
         except EmilieError as error:
             raise type(error)(str(error).replace(path, name)) from error
+        if photo is not None and photo.canvas is self.session:
+            self.photo, self.session = photo, None
+            return f"{name} is this canvas's photo: it goes on at the photo's own size"
         stem = name.removesuffix(".safetensors").removesuffix(".canvas")
         self.begin(photo, session, stem if stem != name else Path(name).stem)
         told = [f"{name} is open", *(str(note.message).replace(path, name) for note in notes)]
+        if session is not None and session.original_size != session.state.image.size:
+            told.append("For the photo's own size open its photo, too")
         if small_world(self.editor) and not judge.is_scene(self.opened().states[0].image):
             told.append("It is no scene of the small model's world, and it knows nothing else: `emilie download`")
         return ". ".join(told)
 
+    def read_photo(self, path: str) -> Photo:
+        """A picture's `Photo`: of the canvas that is open without one where it is that canvas's, else of a new one."""
+        photo = images.read_image(path)
+        if self.session is not None:
+            with suppress(CanvasError):
+                return Photo(photo, self.session)
+        return open_photo(photo, self.editor)
+
     def open_url(self, url: str | None) -> str:
-        """`open`, of a picture as a data URL."""
+        """`open`, of a picture as a data URL; "" = `open_uploaded`."""
+        if not url:
+            return self.open_uploaded()
         try:
-            data = base64.b64decode((url or "").partition(",")[2], validate=True)
+            data = base64.b64decode(url.partition(",")[2], validate=True)
         except ValueError:
             data = b""
         if not data:
@@ -130,7 +146,7 @@ class Visitor:
         masks = [given for _, given in regions]
         settings["keep_background"] = settings.get("keep_background", False) and None not in masks
         settings["negative"] = settings.get("negative") or None
-        kept = None if photo is None else (photo.photo, photo.canvas, photo.given, list(photo.earlier))
+        kept = None if photo is None else (photo.photo, photo.canvas, list(photo.earlier))
         aimed = ""
         try:
             if photo is not None:
@@ -141,7 +157,7 @@ class Visitor:
             yield from self.steps((photo or self.opened()).steps(regions, **settings), text, settings.get("steps"))
         except BaseException:  # also where the page is left in the middle
             if kept is not None:
-                photo.photo, photo.canvas, photo.given, photo.earlier = kept
+                photo.photo, photo.canvas, photo.earlier = kept
             raise
         canvas, self.paint, self.regions = self.opened(), None, []
         share = changed(before, canvas.image, canvas.state.mask)

@@ -49,12 +49,13 @@ class Layer:
     depth: int
     shown: bool = True
     strength: float = 1.0
+    given: Image.Image | None = None  # their union at the photo's size
 
     @staticmethod
     def of(state: State, depth: int) -> "Layer":
         texts, masks = zip(*(state.regions or [(state.instruction, state.mask)]))
         depth = depth if state.depth is None else state.depth
-        return Layer(texts, masks, state.settings, depth, bool(state.shown), state.strength)
+        return Layer(texts, masks, state.settings, depth, bool(state.shown), state.strength, state.given)
 
     @cached_property
     def key(self) -> tuple:
@@ -62,7 +63,8 @@ class Layer:
         masks = tuple(None if mask is None else mask.tobytes() for mask in self.masks)
         own = [sorted(own.items()) for own in self.settings.get("own", [])]
         more = repr(self.told()), repr(own), repr(self.settings.get("scrubbed"))
-        return self.texts, masks, *more, self.depth, self.shown, self.strength
+        given = None if self.given is None else self.given.tobytes()
+        return self.texts, masks, given, *more, self.depth, self.shown, self.strength
 
     def told(self, **changes) -> Settings:
         """Its settings, with changes: what its record has of `Settings`, and not of regions or of scrubbing."""
@@ -71,7 +73,7 @@ class Layer:
 
     def asked(self, canvas) -> tuple[Asked, Settings]:
         settings, own = self.told(), self.settings.get("own", [{} for _ in self.texts])
-        return canvas.asked(list(self.texts), self.masks, own, settings), settings
+        return canvas.asked(list(self.texts), self.masks, own, settings)._replace(given=self.given), settings
 
 
 @dataclass
@@ -126,7 +128,7 @@ class Walk:
         state = State(" + ".join(layer.texts), parent.latent, parent.image, at, None, layer.settings, None, several)
         state.depth, state.shown, state.strength = layer.depth, layer.shown, layer.strength
         asked, settings = layer.asked(self.canvas)
-        state.mask = regions.joined(asked)
+        state.mask, state.given = regions.joined(asked), asked.given
         if not layer.shown:
             return state
         known = self.made.get((*self.recipe[at], layer.key))
@@ -292,7 +294,7 @@ def revise(
     own = layer.settings.get("own", [])
     settings = layer.told(**changes).resolve(canvas.editor.config.sampling, canvas.seed)
     if instruction is None and mask is ...:
-        texts, masks = layer.texts, layer.masks
+        texts, masks, union = layer.texts, layer.masks, layer.given
     else:
         if instruction is None or isinstance(instruction, str):
             if len(layer.texts) > 1:
@@ -300,12 +302,14 @@ def revise(
             instruction = [
                 (layer.texts[0] if instruction is None else instruction, layer.masks[0] if mask is ... else mask)
             ]
-            mask = None
+            same, mask = mask is ..., None
+        else:
+            same = False
         texts, given, own = regions.read(instruction, None if mask is ... else mask, False)
-        masks = canvas.asked(texts, given, own, settings).masks
-    return replace(
-        layer, texts=tuple(texts), masks=tuple(masks), settings=settings.record() | ({"own": own} if any(own) else {})
-    )
+        asked = canvas.asked(texts, given, own, settings)
+        masks, union = asked.masks, layer.given if same else asked.given
+    record = settings.record() | ({"own": own} if any(own) else {})
+    return replace(layer, texts=tuple(texts), masks=tuple(masks), given=union, settings=record)
 
 
 def change(canvas, name: str, k: int, *more, way: str = "support", **revised) -> Iterator[Step]:
