@@ -220,11 +220,16 @@ class Canvas:
         self.states.append(state)
         self.at, self.redo_stack = len(self.states) - 1, []
 
-    def picture(self, state: State) -> Image.Image:
-        """What a state's latent decodes to and, where it keeps its background, its parent's pixels around that."""
+    def picture(self, state: State, like: State | None = None) -> Image.Image:
+        """What a state's latent decodes to and, where it keeps its background, its parent's pixels around that.
+
+        like: a state whose pixels stay where its latent does, see `stack.kept`.
+        """
         parent = self.states[state.parent]
         with explain_oom(f"at {parent.image.width}x{parent.image.height} px: lower --resolution"):
             image = images.from_latent(self.editor, state.latent)
+        if like is not None:
+            image = stack.kept(image, state.latent, like)
         if not state.settings["keep_background"]:
             return image
         return images.paste_back(image, parent.image, state.mask, feather=self.editor.vae.factor // 2)

@@ -90,6 +90,17 @@ def unguided(editor: Editor, z_img: Tensor, conds: list[Tensor], shares: Tensor,
     return denoise
 
 
+@torch.no_grad()
+def differences(editor: Editor, z_img: Tensor, x: Tensor, sigma: float, texts: Sequence[str]) -> Tensor:
+    """How far instructions lead from where the picture alone does, the most of them, (1, 1, h, w) on the CPU: one call.
+
+    z_img: (1, 4, h, w), unscaled; x: (1, 4, h, w) at noise level sigma.
+    """
+    z_img, x, n = z_img.to(editor.device), x.to(editor.device), len(texts) + 1
+    *told, seen = editor.branches([x] * n, sigma, [z_img] * n, list(editor.context([*texts, ""]).split(1)))
+    return torch.stack([(each - seen).abs().mean(1, keepdim=True) for each in told]).amax(0).cpu()
+
+
 def terms(
     texts: list[str], own: list[dict], shares: Tensor, settings: Settings
 ) -> tuple[list[str], Tensor, list[int | None], Scale, Scale]:
