@@ -256,7 +256,7 @@ def endpoints(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNam
             finally:
                 visitor.busy.release()
 
-        kind, needed = Parameter.POSITIONAL_OR_KEYWORD, ("picture", "instruction", "state", "inset")
+        kind, needed = Parameter.POSITIONAL_OR_KEYWORD, ("instruction", "state")
         given = [
             Parameter(c.label, kind, default=Parameter.empty if c.label in needed else c.value) for c in inputs
         ]  # by which names a script gives them
@@ -284,15 +284,18 @@ def endpoints(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNam
         return visitor.insert(int(take) - 1, caption or "", redrawn, keep_background=keep, **dict(zip(SENT, given)))
 
     number = gr.Number(0, visible=False, label="state", precision=0)
-    endpoint("open", Visitor.open_url, [text("picture")], "Begin with a picture.")
+    what = "Begin with a picture; without one, with the file that was posted, which may be a saved canvas."
+    endpoint("open", Visitor.open_url, [gr.Textbox("", visible=False, label="picture")], what)
+    what = "In the place of the picture this client's key: POST /open/KEY?name=NAME takes a file, see README.md."
+    endpoint("key", lambda visitor: "Files come and go with this key", [], what, lambda visitor: visitor.key)
     what = "Follow an instruction, everywhere or where the mask, of the working picture's size, is opaque."
     endpoint("edit", edit, [text("instruction"), gr.Textbox("", visible=False, label="mask"), *settings], what)
     what = "Where an instruction would act: the mask stands in the place of the picture, none for everywhere."
     endpoint("where", lambda visitor, text: visitor.where(text or ""), [text("instruction")], what, found)
-    optional = [gr.Textbox("", visible=False, label=name) for name in ("inset_mask", "caption", "place")]
+    texts = [gr.Textbox("", visible=False, label=name) for name in ("inset", "inset_mask", "caption", "place")]
     numbers = [gr.Number(n, visible=False, label=x, precision=0) for n, x in ((PROPOSALS, "proposals"), (None, "seed"))]
-    what = "Where an inset could go: outlined in the picture. place: a mask, to say so oneself."
-    endpoint("propose", Visitor.propose_url, [text("inset"), *optional, *numbers], what, Visitor.outlined)
+    what = "Where an inset, or the file that was posted, could go: outlined in the picture. place: a mask, to say so."
+    endpoint("propose", Visitor.propose_url, [*texts, *numbers], what, Visitor.outlined)
     given = [gr.Number(1, visible=False, label="take", precision=0), gr.Textbox("", visible=False, label="caption")]
     given += [gr.Slider(0, 1, 1, visible=False, label="redrawn"), settings[0], *settings[2:]]
     endpoint("insert", insert, given, "Draw the inset in one of the places that were proposed, by its number from 1.")

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -85,16 +85,31 @@ class Visitor:
             if is_session(path):
                 photo, session = None, open_canvas(path, self.editor)
             else:
-                photo, session = open_photo(images.read_image(path), self.editor), None
+                photo, session = self.read_photo(path), None
+        if photo is not None and photo.canvas is self.session:
+            self.photo, self.session = photo, None
+            return f"{name} is this canvas's photo: it goes on at the photo's own size"
         stem = name.removesuffix(".safetensors").removesuffix(".canvas")
         self.begin(photo, session, stem if stem != name else Path(name).stem)
         told = [f"{name} is open", *notes]
+        if session is not None and session.original_size != session.state.image.size:
+            told.append("For the photo's own size open its photo, too")
         if small_world(self.editor) and not judge.is_scene(self.opened().states[0].image):
             told.append("It is no scene of the small model's world, and it knows nothing else: `emilie download`")
         return ". ".join(told)
 
+    def read_photo(self, path: str) -> Photo:
+        """A picture's `Photo`: of the canvas that is open without one where it is that canvas's, else of a new one."""
+        photo = images.read_image(path)
+        if self.session is not None:
+            with suppress(CanvasError):
+                return Photo(photo, self.session)
+        return open_photo(photo, self.editor)
+
     def open_url(self, url: str | None) -> str:
-        """`open`, of a picture as a data URL."""
+        """`open`, of a picture as a data URL; "" = `open_uploaded`."""
+        if not url:
+            return self.open_uploaded()
         data = sent(url)
         with tempfile.TemporaryDirectory(prefix="emilie-") as folder:
             path = Path(folder) / "upload"
@@ -133,7 +148,7 @@ class Visitor:
         masks = [given for _, given in regions]
         settings["keep_background"] = settings.get("keep_background", False) and None not in masks
         settings["negative"] = settings.get("negative") or None
-        kept = None if photo is None else (photo.photo, photo.canvas, photo.given, list(photo.earlier))
+        kept = None if photo is None else (photo.photo, photo.canvas, list(photo.earlier))
         aimed = ""
         try:
             if photo is not None:
@@ -144,7 +159,7 @@ class Visitor:
             yield from self.steps((photo or self.opened()).steps(regions, **settings), text, settings.get("steps"))
         except BaseException:  # also where the page is left in the middle
             if kept is not None:
-                photo.photo, photo.canvas, photo.given, photo.earlier = kept
+                photo.photo, photo.canvas, photo.earlier = kept
             raise
         canvas, self.paint, self.regions = self.opened(), None, []
         share = changed(before, canvas.image, canvas.state.mask)
@@ -204,10 +219,10 @@ class Visitor:
     def propose_url(
         self, inset: str | None, mask: str | None, caption: str | None, place: str | None, n: int, seed: int | None
     ) -> str:
-        """`propose`, of an inset and its mask as data URLs."""
+        """`propose`, of an inset and its mask as data URLs; inset: "" = the file that was uploaded."""
         self.opened()
-        with called() as notes:
-            self.inserting.take(sent(inset))
+        with self.arrived() if not inset else nullcontext(("", "")) as (path, name), called(name, path) as notes:
+            self.inserting.take(sent(inset) if inset else path)
             if mask:
                 self.inserting.mask(sent(mask))
         return ". ".join([self.propose(caption or "", place or "", n, seed), *notes])

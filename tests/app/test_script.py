@@ -31,7 +31,7 @@ def test_a_script_opens_edits_looks_undoes_and_is_told_what_is_wrong(shipped):
     photo = world.render(world.scene(3)).resize((96, 96))
     with served(shipped) as page:
         client = gradio_client.Client(page.url, verbose=False)
-        names = {"/open", "/edit", "/where", "/propose", "/insert", "/undo", "/redo", "/go"}
+        names = {"/open", "/key", "/edit", "/where", "/propose", "/insert", "/undo", "/redo", "/go"}
         assert set(client.view_api(return_format="dict")["named_endpoints"]) == names
         told, picture = client.predict(data_url(photo), api_name="/open")
         assert told.startswith("the picture is open") and np.array_equal(opened(picture), photo)
@@ -67,6 +67,7 @@ def test_a_script_opens_edits_looks_undoes_and_is_told_what_is_wrong(shipped):
             (lambda: client.predict("/etc/passwd", api_name="/propose"), "data URL"),
             (lambda: other.predict(data_url(inset), api_name="/propose"), "open one"),
             (lambda: other.predict(api_name="/insert"), "open one"),
+            (lambda: client.predict(api_name="/open"), "did not arrive"),
             (lambda: other.predict("make it night", "", api_name="/edit"), "open one"),
         ):
             with pytest.raises(gradio_client.exceptions.AppError, match=told):
@@ -84,4 +85,35 @@ def test_two_scripts_have_pictures_of_their_own(shipped):
             client.predict(data_url(picture), api_name="/open")
         for client, picture in zip(clients, pictures):
             assert np.array_equal(opened(client.predict(0, api_name="/go")[1]), picture)
-    assert emilie_min.__version__
+
+
+def test_a_script_with_a_password_goes_on_with_a_canvas_and_fetches_it(shipped, tmp_path):
+    import gradio_client
+    from pages import Caller, served
+
+    photo = world.render(world.scene(3)).resize((96, 96))
+    alone = open_photo(photo, shipped)
+    mask = Image.new("L", (96, 96))
+    mask.paste(255, (31, 0, 96, 57))
+    for _ in alone.steps([("make it night", mask)], steps=2):
+        pass
+    alone.canvas.save(tmp_path / "my.canvas")
+    with served(shipped, local=False, password="ann:pw") as page:
+        headers = {"Authorization": "Basic " + base64.b64encode(b"ann:pw").decode()}
+        client = gradio_client.Client(page.url, verbose=False, headers=headers)
+        caller = Caller(page, "ann:pw")
+        _, caller.key = client.predict(api_name="/key")
+        assert caller.upload("my.canvas", (tmp_path / "my.canvas").read_bytes()) == 204
+        told, picture = client.predict(api_name="/open")
+        assert "my.canvas is open" in told and np.array_equal(opened(picture), alone.canvas.image)
+        told, picture = client.predict(data_url(photo), api_name="/open")
+        assert "at the photo's own size" in told and np.array_equal(opened(picture), alone.image)
+        _, picture = client.predict("make it day", steps=2, api_name="/edit")
+        for _ in alone.steps([("make it day", None)], steps=2):
+            pass
+        assert np.array_equal(opened(picture), alone.image)
+        status, data, _ = caller.ask("GET", f"/save/{caller.key}/canvas")
+        (tmp_path / "back.canvas").write_bytes(data)
+        back = emilie_min.open(tmp_path / "back.canvas", shipped)
+        assert status == 200 and [s.id for s in back.states[:2]] == [s.id for s in alone.canvas.states[:2]]
+        assert np.array_equal(back.image, alone.canvas.image)
