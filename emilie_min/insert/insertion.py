@@ -153,11 +153,11 @@ class Plan:
         self.record(take, kept=level)
 
     def record(self, take: int, **more) -> None:
-        """Note with the current state what was inserted, and with the photo where."""
+        """Note with the current state what was inserted, and where in the photo."""
         boxes, state = [list(box) for box in self.boxes], self.canvas.state
         state.inserted = {"caption": self.caption, "boxes": boxes, "taken": take} | more
         if self.photo is not None and state.mask is not None:
-            self.photo.given[self.canvas.at] = self.photo.at_own_size(state.mask)
+            state.given = images.union([self.photo.at_own_size(state.mask)], self.photo.photo.size)
 
     def _steps(self, take: int, steps: Iterator[Step]) -> Iterator[Step]:
         yield from steps

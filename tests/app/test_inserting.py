@@ -183,4 +183,4 @@ def test_a_photo_keeps_its_size_and_its_bits(shipped):
     assert (pasted[150, 150] == world.COLOURS["red"]).all() and (pasted[outside] == np.asarray(photo)[outside]).all()
     insert(visitor)
     assert (np.asarray(visitor.photo.image)[outside] == np.asarray(photo)[outside]).all()
-    assert visitor.photo.given[1].getbbox() == (84, 84, 200, 200)
+    assert visitor.canvas.state.given.getbbox() == (84, 84, 200, 200)
