@@ -11,6 +11,7 @@ from PIL import Image
 import emilie_min
 from emilie_min.app.visitor import data_url
 from emilie_min.canvas.photo import open_photo
+from emilie_min.insert.insertion import insert
 from emilie_min.toy import world
 
 pytestmark = [
@@ -30,7 +31,7 @@ def test_a_script_opens_edits_looks_undoes_and_is_told_what_is_wrong(shipped):
     photo = world.render(world.scene(3)).resize((96, 96))
     with served(shipped) as page:
         client = gradio_client.Client(page.url, verbose=False)
-        names = {"/open", "/key", "/edit", "/where", "/undo", "/redo", "/go"}
+        names = {"/open", "/key", "/edit", "/where", "/propose", "/insert", "/undo", "/redo", "/go"}
         assert set(client.view_api(return_format="dict")["named_endpoints"]) == names
         told, picture = client.predict(data_url(photo), api_name="/open")
         assert told.startswith("the picture is open") and np.array_equal(opened(picture), photo)
@@ -47,11 +48,25 @@ def test_a_script_opens_edits_looks_undoes_and_is_told_what_is_wrong(shipped):
         assert np.array_equal(opened(client.predict(api_name="/undo")[1]), photo)
         assert client.predict(api_name="/redo")[1] == edited
         assert np.array_equal(opened(client.predict(0, api_name="/go")[1]), photo)
+        inset = world.render(world.Scene("sand", "day", (world.Object("star", "pink", "top left"),))).crop(
+            (0, 0, 32, 32)
+        )
+        told, outlined = client.predict(data_url(inset), proposals=3, seed=5, api_name="/propose")
+        assert 'shows "a pink star"; 3 places' in told and opened(outlined).size == (192, 192)
+        told, drawn = client.predict(take=2, steps=4, seed=5, api_name="/insert")
+        assert "in place 2" in told
+        alone.undo()
+        insert(alone, inset, take=1, steps=4, proposals=3, seed=5)
+        assert np.array_equal(opened(drawn), alone.image) and alone.canvas.state.instruction in told
+        assert np.array_equal(opened(client.predict(api_name="/undo")[1]), photo)
         other = gradio_client.Client(page.url, verbose=False)
         for call, told in (
             (lambda: client.predict("make it winter", "", api_name="/edit"), "'winter'"),
             (lambda: client.predict(api_name="/undo"), "nothing to undo"),
             (lambda: client.predict("/etc/passwd", api_name="/open"), "data URL"),
+            (lambda: client.predict("/etc/passwd", api_name="/propose"), "data URL"),
+            (lambda: other.predict(data_url(inset), api_name="/propose"), "open one"),
+            (lambda: other.predict(api_name="/insert"), "open one"),
             (lambda: client.predict(api_name="/open"), "did not arrive"),
             (lambda: other.predict("make it night", "", api_name="/edit"), "open one"),
         ):
