@@ -106,9 +106,10 @@ class Photo:
         canvas = self.canvas
         return canvas.part or images.place(self.photo.size, canvas.state.image.size, canvas.native)
 
-    def steps(self, regions: Sequence[tuple[str, Mask | None]], **changes) -> Iterator[Step]:
+    def steps(self, regions: Sequence[tuple], **changes) -> Iterator[Step]:
         """`Canvas.steps`, which is checked at once, and remember the masks as they were given."""
-        steps, given = self.canvas.steps(regions, **changes), self.read_given([mask for _, mask in regions], **changes)
+        steps, masks = self.canvas.steps(regions, **changes), [mask for _, mask, *_ in regions]
+        given = self.read_given(masks, **changes)
         return self._steps(steps, given)
 
     def _steps(self, steps: Iterator[Step], given: Image.Image | None) -> Iterator[Step]:
@@ -127,6 +128,12 @@ class Photo:
                 return None
             union = ImageChops.lighter(union, one.point(lambda v: 255 if v >= (1 if soft else 128) else 0))
         return union
+
+    def given_of(self, at: int) -> Image.Image | None:
+        """A state's masks at the photo's size, also where a change of the stack made the same edit anew."""
+        states, own = self.canvas.states, self.canvas.states[at]
+        alike = [i for i in self.given if states[i].depth == own.depth and states[i].mask == own.mask]
+        return self.given.get(at, self.given[alike[-1]] if alike else None)
 
     def at_own_size(self, mask: Image.Image) -> Image.Image:
         """A mask of the working picture as one of the photo."""
@@ -152,7 +159,7 @@ class Photo:
             if not self.shows_everywhere(at):
                 same = state.image.size == (box[2] - box[0], box[3] - box[1])
                 feather = 0 if same and state.settings.get("keep_background") else canvas.editor.vae.factor // 2
-                alpha = images.blend_mask(state.mask, self.given.get(at), box, feather)  # which that did already
+                alpha = images.blend_mask(state.mask, self.given_of(at), box, feather)  # which that did already
             out = images.put_back(state.image, out, box, alpha)
         return out.copy() if out is self.photo else out
 
