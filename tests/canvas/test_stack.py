@@ -116,6 +116,8 @@ def test_replaying_is_what_the_edits_would_have_been_at_their_depths(three, coun
         for _ in plain.run(plain.asked([text], [mask], [{}], settings), settings, depth):
             pass
     assert torch.equal(three.latent, plain.latent)
+    three.retract(1)
+    assert [state.depth for state in three.stack] == [2]  # also of what was made anew
 
 
 def test_strength_is_the_way_from_before_to_after(three):
