@@ -138,6 +138,7 @@ def parser() -> Parser:
     page.add_argument("--port", type=int, default=7860, help="default: 7860; 0 takes any free one")
     page.add_argument("--open", action="store_true", help="open the browser too")
     page.add_argument("--auth", metavar="USER:PASSWORD", help="who may come in (beyond this computer default: a link)")
+    insert.add_network_options(page)
     add_model_options(page, find=True)
     add_path_options(page)
 
@@ -179,10 +180,12 @@ def run_edit(args: argparse.Namespace) -> int | None:
 
 
 def run_studio(args: argparse.Namespace) -> None:
+    from .inserting import Networks
     from .studio import listen, studio
 
     listen(args.host, args.port, args.auth).close()  # what cannot work is told before weights are loaded
-    studio(load_editor(args), args.host, args.port, args.open, args.auth)
+    editor = load_editor(args)
+    studio(editor, args.host, args.port, args.open, args.auth, Networks(editor, args.graconet, args.blip2))
 
 
 def run_check(args: argparse.Namespace) -> int:

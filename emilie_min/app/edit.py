@@ -266,11 +266,9 @@ def inverted(mask, canvas, soft: bool):
     """A mask's opposite, at the size at which it was given; None stays."""
     from PIL import ImageChops
 
-    from ..canvas import images
-
     if mask is None or mask == AUTO:
         return mask
-    given = images.read_given(mask, canvas.original_size, canvas.image.size, soft, canvas.turned)
+    given = canvas.read_given(mask, soft)
     return ImageChops.invert(given if soft else given.point(lambda v: 255 if v >= 128 else 0))
 
 

@@ -48,5 +48,5 @@ def read_inset(inset: Picture, mask: Picture | None = None) -> Inset:
         try:
             own = images.read_mask(mask, image.size, image.size, soft=True)
         except MaskError as error:
-            raise MaskError(f"--inset-mask: {error}") from error
+            raise MaskError(f"the inset's mask: {error}") from error
     return Inset(seen, pixels, own)

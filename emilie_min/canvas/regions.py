@@ -29,6 +29,7 @@ class Asked(NamedTuple):
     own: list[dict]
     shares: Tensor
     union: Tensor | None
+    given: Image.Image | None = None  # the masks' union at the photo's size, see `images.union`
 
 
 def joined(asked: Asked) -> Image.Image | None:

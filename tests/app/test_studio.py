@@ -657,6 +657,42 @@ def test_a_person_hides_weakens_drags_and_takes_out_edits(person):
     assert [state.instruction for state in canvas.stack] == ["turn it into a comic", "make it night"]
 
 
+@in_browser
+def test_a_person_drops_an_object_and_clicks_a_place(person, tmp_path):
+    scene = world.Scene("sand", "day", (world.Object("square", "blue", "top left"),))
+    world.render(scene).save(tmp_path / "base.png")
+    world.render(world.Scene("sand", "day", (world.Object("star", "pink", "top left"),))).crop((0, 0, 32, 32)).save(
+        tmp_path / "kite.png"
+    )
+    session = person.visit()
+    person.upload(tmp_path / "base.png")
+    person.until(lambda: "base.png is open" in person.told)
+    person.click("#insert button")
+    person.until(lambda: person.all("#inset .none"))
+    person.all("#inset input[type=file]")[0].send_keys(str(tmp_path / "kite.png"))
+    person.until(lambda: 'It shows "a pink star"; 4 places' in person.told)
+    person.until(lambda: person.all("#caption input, #caption textarea")[0].get_attribute("value") == "a pink star")
+    person.until(lambda: len(person.all("#picture .place")) == 4)
+    board, places = person.all("#picture canvas")[0].rect, person.all("#picture .place")
+    for place in places:
+        x, y, w, h = session.inserting.plan.boxes[int(place.get_attribute("data-place"))]
+        assert abs(place.rect["x"] - board["x"] - x * board["width"] / 64) < 2
+        assert abs(place.rect["height"] - h * board["height"] / 64) < 2
+    asked = session.inserting.plan.instruction(int(places[-1].get_attribute("data-place")))
+    places[-1].click()
+    person.until(lambda: person.told.startswith(f"Edit 1: {asked}"))
+    person.until(lambda: np.array_equal(person.shown(), session.view()) and not person.all("#picture .place"))
+    person.click("#undo")
+    person.until(lambda: len(person.all("#picture .place")) == 4)
+    person.click("[data-tool=box]")  # they are no longer in the way
+    assert not person.all("#picture .place")
+    person.drag((34, 34), (60, 60))
+    person.click("#places")
+    person.until(lambda: len(person.all("#picture .place")) == 1 and session.inserting.plan.boxes == [(34, 34, 26, 26)])
+    person.click("#away")
+    person.until(lambda: person.all("#inset .none") and not person.all("#picture .place"))
+
+
 def test_what_the_stack_is_asked_is_checked(session):
     list(session.edit("make it night", steps=1))
     at = session.canvas.at

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from emilie_min.canvas.canvas import open as open_canvas
 from emilie_min.canvas.photo import Photo, crop_box, is_small, open_photo
 from emilie_min.errors import CanvasError, MaskError
 from emilie_min.toy import judge, world
@@ -91,6 +92,57 @@ def test_a_large_photo_with_a_small_mask(editor):
     assert of.image.size == photo.size and not changed[mask == 0].any() and changed[mask > 0].mean() > 0.9
     assert of.aim(None).startswith("back to the whole picture") and of.box == (0, 0, 1200, 900)
     assert np.array_equal((np.asarray(of.image) != np.asarray(photo)).any(-1), changed)
+
+
+@pytest.mark.parametrize("size", [60, 1001])
+def test_a_photo_of_4000_px_goes_on_from_a_file(size, editor, tmp_path):
+    """A mask of 60 px in a crop, and a large one in the whole: as if never saved; outside the masks every bit stays."""
+    pixels = np.random.default_rng(0).integers(0, 255, (330, 4000, 3), dtype=np.uint8)
+    masks = [np.zeros((330, 4000), np.uint8) for _ in range(2)]
+    for mask, x in zip(masks, (2001, 2013)):
+        mask[101 : 101 + size, x : x + size] = 255
+        mask[101 : 101 + size // 5, x : x + size // 3] = 0  # a corner that no cell has
+    photo, path = Image.fromarray(pixels), tmp_path / "photo.canvas"
+    alone = open_photo(photo, editor)
+
+    def go_on(of: Photo, number: int) -> None:
+        if size == 60:
+            of.aim([masks[number]])
+        for _ in of.steps([("make it night", masks[number])], steps=2):
+            pass
+
+    def reopened() -> Photo:
+        return Photo(photo, open_canvas(path, editor))
+
+    def outside(of: Photo, *shown: np.ndarray) -> bool:
+        moved = (np.asarray(of.image) != pixels).any(-1)
+        inside = np.any([mask > 0 for mask in shown], 0)
+        return not moved[~inside].any() and moved[inside].mean() > 0.7
+
+    go_on(alone, 0)
+    alone.canvas.save(path)
+    again = reopened()
+    assert (alone.box == (0, 0, 4000, 330)) == (size > 60) and outside(again, masks[0])
+    assert again.image.tobytes() == alone.image.tobytes()
+    for of in (alone, again):
+        go_on(of, 1)
+    assert again.image.tobytes() == alone.image.tobytes() and outside(again, *masks)
+    again.canvas.hide(1)
+    assert outside(again, masks[1])
+    again.canvas.save(path)
+    again = reopened()
+    assert outside(again, masks[1])
+    again.canvas.strength(2, 0.5)
+    assert outside(again, masks[1])
+    again.canvas.revise(2, mask=masks[0])
+    assert outside(again, masks[0])
+    again.canvas.undo()
+    again.undo()
+    assert outside(again, masks[1])
+    again.canvas.branch(1)
+    assert outside(again, masks[0])
+    again.canvas.branch(0)
+    assert again.image.tobytes() == photo.tobytes()
 
 
 def test_crops_lie_in_the_photo_and_hold_the_mask():

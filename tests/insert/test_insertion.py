@@ -66,8 +66,8 @@ def test_the_mask_is_the_one_given_or_alpha_or_the_rectangle():
     [
         (Image.new("RGB", (1, 1)), None, ImageError, "1x1 px shows nothing"),
         (Image.new("RGBA", (20, 20)), None, ImageError, "transparent everywhere"),
-        (thing(), Image.new("L", (9, 9), 255), MaskError, "--inset-mask: .*9x9 px"),
-        (thing(), Image.new("L", (32, 32)), MaskError, "--inset-mask: .*empty"),
+        (thing(), Image.new("L", (9, 9), 255), MaskError, "the inset's mask: .*9x9 px"),
+        (thing(), Image.new("L", (32, 32)), MaskError, "the inset's mask: .*empty"),
     ],
 )
 def test_insets_that_show_nothing_are_refused(inset, mask, error, why):
@@ -76,7 +76,7 @@ def test_insets_that_show_nothing_are_refused(inset, mask, error, why):
 
 
 def test_a_large_inset_is_told_of(canvas):
-    with pytest.warns(UserWarning, match="90x90 px is larger than the working picture"):
+    with pytest.warns(UserWarning, match="90x90 px is larger than the picture"):
         plan(canvas, thing().resize((90, 90)), caption="a red circle")
 
 
@@ -282,7 +282,7 @@ def test_three_columns_come_out(files, capsys):
         (["--graconet", "base.png"], "base.png"),
         (["--graconet", "none.pth"], "no weights at none.pth"),
         (["--blip2", "."], "is no whole BLIP-2"),
-        (["--inset-mask", "base.png"], "--inset-mask"),
+        (["--inset-mask", "base.png"], "the inset's mask: "),
         (["--steps", "0"], "steps"),
     ],
 )
