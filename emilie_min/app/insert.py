@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     from ..insert import insertion
 
     changes, at = settings(args), read_box(args.at, "--at") if args.at is not None else None
+    if args.proposals < 1:
+        raise CanvasError(f"--proposals {args.proposals}: one at least")
     if args.at is None and not 1 <= args.take <= args.proposals:
         raise CanvasError(f"--take {args.take}: there are proposals 1 to {args.proposals}")
     if args.base.is_dir():

@@ -254,7 +254,7 @@ def propose(
         raise CanvasError(f"the number of proposals is from 1 to {MOST}, not {printable(n, 40)}")
     proposer = load_proposer(canvas.editor) if proposer is None else proposer
     picture, seed = canvas.image, canvas.seed if seed is None else seed
-    boxes = proposer.propose(picture, inset.seen, inset.mask, n, seed)
+    boxes = [inside(box, picture.size) for box in proposer.propose(picture, inset.seen, inset.mask, n, seed)]
     factor = canvas.editor.vae.factor
     large = [box for box in boxes if min(box[2:]) >= factor]
     if len(large) < n:
@@ -266,6 +266,18 @@ def propose(
         if all(any(covers(box, o) for o in objects) for box in large):
             raise CanvasError(f"no free place: every proposal lies on an object; {ASK}")
     return large
+
+
+def inside(box: Box, size: tuple[int, int]) -> Box:
+    """What of a box lies in a picture of (width, height), of no size where nothing does; what is cut off is told."""
+    x, y, w, h = box
+    x0, y0, x1, y1 = max(0, x), max(0, y), min(x + w, size[0]), min(y + h, size[1])
+    out = x0, y0, max(0, x1 - x0), max(0, y1 - y0)
+    if out != tuple(box):
+        note(
+            f"a proposal of {w}x{h} px at {x},{y} does not lie in the picture of {size[0]}x{size[1]} px and is cut off"
+        )
+    return out
 
 
 def covers(box: Box, o: world.Object) -> bool:
