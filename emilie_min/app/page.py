@@ -79,7 +79,7 @@ def layout(editor: Editor) -> SimpleNamespace:
             with gr.Row():
                 on.go = gr.Button("Edit", variant="primary", scale=3, elem_id="go")
                 on.stop = gr.Button("Stop", scale=1, min_width=60, elem_id="stop")
-            with gr.Row():
+            with gr.Row(elem_id="more"):
                 on.where, on.scales = button("Show where", "where"), button("Try scales", "scales")
                 on.region, on.clear = button("Add region", "region"), button("Drop regions", "forget")
             on.status = gr.HTML(elem_id="status")
@@ -111,6 +111,11 @@ def layout(editor: Editor) -> SimpleNamespace:
                 on.seed = gr.Number(label="Seed", precision=0, info=told)
                 told = "anchor: what is outside stays. guidance: steers inside only. eq8: leaves noise outside."
                 on.gate = gr.Radio(list(GATES), value=GATES[0], label="What the paint does (gate)", info=told)
+                told = (
+                    "Of an edit that is revised: 1 is all of it, less goes on from its steps, and only scales, gate, "
+                )
+                told += "paint and words can change then."
+                on.part = gr.Slider(0, 1, 1, step=0.05, label="Which part of the steps to redo", info=told)
                 on.keep = gr.Checkbox(label="Outside the paint keep every pixel, to the bit", elem_id="keep")
     on.stack = gr.HTML(js_on_load="layers.strip(element, trigger)", elem_id="stack")
     on.tree = gr.HTML(js_on_load="studio.tree(element, trigger)", elem_id="edits")
@@ -120,7 +125,9 @@ def layout(editor: Editor) -> SimpleNamespace:
 
 def connect(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNamespace) -> None:
     """What happens at a click. The networks do one thing at a time; who waits is told his place."""
+    fields = {"text": on.text, "keep_background": on.keep, **{name: getattr(on, name) for name in SENT}}
     shown = [on.visitor, on.status, on.picture, on.tree, on.stack, on.undo, on.redo, on.examples, on.inset, on.caption]
+    shown += [on.go, *fields.values()]
 
     def doing(do: Callable[..., str | Iterator[Told]]) -> Callable:
         """A handler: do one thing at a time with a visitor's canvas; show how it goes, and what it is then."""
@@ -157,25 +164,31 @@ def connect(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNames
         return [visitor, line, *[gr.skip()] * (len(shown) - 2)]
 
     def show(visitor: Visitor, note: str) -> list:
-        canvas, caption = visitor.canvas, visitor.inserting.told
-        visitor.inserting.told = None
+        canvas, k, caption = visitor.canvas, visitor.revised, visitor.inserting.told
+        (filled, visitor.filled), visitor.inserting.told = (visitor.filled or {}, None), None
         return [
             f"<p>{escape(note)}</p>",
             picture_html(visitor),
             tree_html(canvas),
-            stack_html(canvas),
+            stack_html(visitor),
             gr.update(interactive=canvas is not None and canvas.at > 0),
             gr.update(interactive=canvas is not None and bool(canvas.redo_stack)),
             gr.Dataset(samples=[[text] for text in visitor.suggestions()]),
             inset_html(visitor),
             gr.skip() if caption is None else caption,
+            gr.update(value="Edit" if k is None else f"Revise edit {k}"),
+            *(filled.get(name) if filled else gr.skip() for name in fields),
         ]
 
     def edit(visitor: Visitor, text: str | None, paint: str | None, keep: bool, crop: bool, *settings) -> Iterator:
-        return visitor.edit(text or "", paint or "", crop, keep_background=keep, **dict(zip(SENT, settings)))
+        given = dict(zip((*SENT, "part"), settings))
+        return visitor.edit(text or "", paint or "", crop, keep_background=keep, **given)
 
     def try_scales(visitor: Visitor, text: str | None, paint: str | None, keep: bool, _, *settings) -> Iterator:
         return visitor.try_scales(text or "", paint or "", keep_background=keep, **dict(zip(SENT, settings)))
+
+    def region(visitor: Visitor, text: str | None, paint: str | None, _keep, _crop, *settings) -> str:
+        return visitor.add_region(text or "", paint or "", **dict(zip(SENT, settings)))
 
     def unless_stopped(do: Callable, visitor: Visitor | None, event: gr.EventData, *inputs) -> Iterator[list]:
         if visitor and (event._data or {}).get("asked", math.inf) < visitor.stopped_at:
@@ -204,7 +217,7 @@ def connect(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNames
     quick = common | dict(concurrency_limit=None, show_progress="hidden")
     slow = common | dict(concurrency_id="networks", concurrency_limit=1, show_progress_on=on.picture)
     page.load(new_scene if small_world(editor) else doing(lambda visitor: ""), **slow)
-    inputs = [on.visitor, on.text, on.paint, on.keep, on.crop, *(getattr(on, name) for name in SENT)]
+    inputs = [on.visitor, on.text, on.paint, on.keep, on.crop, *(getattr(on, name) for name in SENT), on.part]
     asked = slow | dict(inputs=inputs, js="(...inputs) => studio.inputs(...inputs)")
     gr.on([on.go.click, on.text.submit], edited, **asked)
     on.scene.click(new_scene, **slow)
@@ -217,8 +230,7 @@ def connect(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNames
     on.examples.click(lambda sample: sample[0], **quick | dict(inputs=on.examples, outputs=on.text))
     on.scales.click(doing(try_scales), **asked)
     on.where.click(doing(lambda visitor, text: visitor.where(text or "")), **slow | dict(inputs=[on.visitor, on.text]))
-    region = doing(lambda visitor, text, paint: visitor.add_region(text or "", paint or ""))
-    on.region.click(region, **quick | dict(inputs=inputs[:3], js="(...inputs) => studio.inputs(...inputs)"))
+    on.region.click(doing(region), **quick | dict(inputs=inputs, js="(...inputs) => studio.inputs(...inputs)"))
     on.clear.click(doing(Visitor.clear_regions), **quick)
     captioned = slow | dict(inputs=[on.visitor, on.caption])
     on.inset.select(doing(lambda visitor, caption: visitor.drop_uploaded(caption or "")), **captioned)

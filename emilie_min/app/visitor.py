@@ -17,12 +17,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..canvas import about, images, where
+from ..canvas import about, images, stack, where
 from ..canvas.canvas import Canvas
 from ..canvas.canvas import open as open_canvas
 from ..canvas.photo import Photo, changed, is_small, open_photo
 from ..canvas.preview import fit, look
+from ..canvas.regions import own_settings
 from ..canvas.session import is_session
+from ..canvas.settings import OWN
 from ..canvas.strip import OUTLINE, enlarge, strip
 from ..emilie import Editor
 from ..errors import CanvasError, EmilieError, ImageError, InstructionError, MaskError, printable
@@ -54,7 +56,9 @@ class Visitor:
         self.session: Canvas | None = None  # one that was saved, whose photo is not here
         self.name = ""  # of the files to save
         self.paint: Image.Image | None = None  # a mask to put on the board: of an edit that was undone, or found
-        self.regions: list[tuple[str, Image.Image]] = []  # what the next edit does too, each with its mask
+        self.regions: list[tuple] = []  # what the next edit does too: text, mask, settings of its own
+        self.revised: int | None = None  # the edit of the stack that the next press of Edit makes anew
+        self.filled: dict | None = None  # what to put on the page: an edit's text and settings
         self.uploaded: tuple[str, tempfile.TemporaryDirectory | None] = ("", None)  # a file's name, and its folder
         self.busy, self.stopped, self.stopped_at = threading.Lock(), False, 0.0
         self.seen = ""  # what an edit looks like so far, as a data URL
@@ -130,30 +134,38 @@ class Visitor:
         return images.view(self.photo.image, canvas.state.image.size, canvas.native, canvas.part)
 
     def begin(self, photo: Photo | None, session: Canvas | None, name: str) -> None:
-        self.photo, self.session, self.name, self.paint, self.regions = photo, session, name, None, []
+        self.photo, self.session, self.name = photo, session, name
+        self.put_down()
+
+    def put_down(self) -> None:
+        """Nothing is painted, waits or is to be revised."""
+        self.paint, self.regions, self.revised = None, [], None
 
     def new_scene(self, seed: int) -> str:
         self.begin(open_photo(world.render(world.scene(seed)), self.editor), None, f"scene{seed}")
         return f"Scene {seed} of the small world"
 
-    def edit(self, text: str, paint: str = "", crop: bool = False, **settings) -> Iterator[Told]:
+    def edit(self, text: str, paint: str = "", crop: bool = False, part: float = 1, **settings) -> Iterator[Told]:
         """Follow an instruction, everywhere or where there is paint, see `read_paint`, and the `regions` in one pass.
 
         crop: in a crop round the paint, at the photo's full resolution; settings: of `Canvas.edit`. Yields what is
-        done; between two steps `stopped` is looked at.
+        done; between two steps `stopped` is looked at. With an edit to revise that one is made anew, see `revise`.
         """
         self.stopped, self.seen, started, photo = False, "", time.time(), self.photo
         mask = self.asked(text, paint)
         regions = [(text, mask), *self.regions]
-        masks = [given for _, given in regions]
+        masks = [given for _, given, *_ in regions]
         settings["keep_background"] = settings.get("keep_background", False) and None not in masks
         settings["negative"] = settings.get("negative") or None
+        if self.revised is not None:
+            yield from self.revise(self.revised, regions, part, settings)
+            return
         kept = None if photo is None else (photo.photo, photo.canvas, list(photo.earlier))
         aimed = ""
         try:
             if photo is not None:
-                regions = [(text, given and photo.at_own_size(given)) for text, given in regions]
-                masks = [given for _, given in regions]
+                regions = [(text, given and photo.at_own_size(given), *own) for text, given, *own in regions]
+                masks = [given for _, given, *_ in regions]
                 aimed = photo.aim(masks if crop and None not in masks else None)
             before = self.opened().image
             yield from self.steps((photo or self.opened()).steps(regions, **settings), text, settings.get("steps"))
@@ -161,7 +173,8 @@ class Visitor:
             if kept is not None:
                 photo.photo, photo.canvas, photo.earlier = kept
             raise
-        canvas, self.paint, self.regions = self.opened(), None, []
+        self.put_down()
+        canvas = self.opened()
         share = changed(before, canvas.image, canvas.state.mask)
         place = "everywhere" if canvas.state.mask is None else "where you painted"
         told = f"Edit {canvas.at}: {canvas.state.instruction}, {place}; {time.time() - started:.1f} s"
@@ -172,6 +185,39 @@ class Visitor:
             small = is_small(masks[0].getbbox(), photo.photo.size, canvas.state.image.size)
             told += "; the paint is small in this photo, a crop would do better" * small
         yield told, 1, None
+
+    def take_up(self, k: int) -> str:
+        """Put an edit of the stack on the page, to be revised; once more: put it down."""
+        edits, again = self.opened().stack, self.revised == k
+        state = edits[stack.place(k, len(edits))]
+        self.put_down()
+        if again:
+            return f"Edit {k} stays as it was"
+        own = [{name: own[name] for name in own} for own in state.settings.get("own", [])]
+        first, *rest = state.regions or [(state.instruction, state.mask)]
+        self.revised, self.paint = k, first[1]
+        self.regions = [(*region, one) for region, one in itertools.zip_longest(rest, own[1:], fillvalue={})]
+        self.filled = {"text": first[0], **state.settings, **(own[0] if own else {})}
+        return f"Edit {k} is on the board: change what it says, where, or its settings, and press Revise"
+
+    def revise(self, k: int, regions: list[tuple], part: float, settings: dict) -> Iterator[Told]:
+        """Make edit k of the stack anew, in the last part of its steps; the later ones stay."""
+        canvas = self.opened()
+        state = canvas.stack[k - 1]
+        changes = {n: v for n, v in settings.items() if v is not None and v != state.settings.get(n)}
+        if settings["negative"] is None and state.settings.get("negative"):
+            changes["negative"] = None
+        old = [(text, mask) for text, mask in state.regions or [(state.instruction, state.mask)]]
+        same = [(t, m and m.tobytes()) for t, m, *_ in regions] == [(t, m and m.tobytes()) for t, m in old]
+        if not same or any(own and own[0] for _, _, *own in regions):
+            own_size = (lambda mask: mask) if self.photo is None else self.photo.at_own_size
+            changes["instruction"] = [(text, mask and own_size(mask), *own) for text, mask, *own in regions]
+        if not changes:
+            raise CanvasError(f"edit {k} is as it was: change what it says, the paint or the settings")
+        way = ("revise", k) if part >= 1 else ("scrub", k, part)
+        yield from self.steps(stack.change(canvas, *way, **changes), f"edit {k}", settings.get("steps"))
+        self.put_down()
+        yield f"Edit {k} is made anew, and the later ones where it mattered: {calls(canvas)}", 1, None
 
     def asked(self, text: str, paint: str) -> Image.Image | None:
         """The paint's mask at working size, once instruction and paint can be used."""
@@ -245,7 +291,8 @@ class Visitor:
         else:
             steps = plan.steps(take, **settings)
         yield from self.steps(steps, plan.instruction(take), number)
-        canvas, self.paint = self.opened(), None
+        self.gone()
+        canvas = self.opened()
         told = f"Edit {canvas.at}: {canvas.state.instruction}, in place {take + 1}; {time.time() - started:.1f} s"
         yield told, 1, None
 
@@ -253,16 +300,22 @@ class Visitor:
         self.inserting.clear()
         return "No inset"
 
-    def add_region(self, text: str, paint: str = "") -> str:
-        """Keep an instruction and where it is for, until the next edit does all of them in one pass."""
+    def add_region(self, text: str, paint: str = "", **own) -> str:
+        """Keep an instruction and where it is for, until the next edit does all of them in one pass.
+
+        own: of the settings that are now those that a region can have for itself.
+        """
         mask = self.asked(text, paint)
         if not text.strip() or mask is None:
             raise MaskError("a region needs both: say what to change, and paint where")
         if len(self.regions) >= REGIONS:
             raise MaskError(f"{REGIONS} regions are waiting already: press Edit")
         self.editor.text.tokenize([text])
-        self.regions.append((text, mask))
-        return f"{len(self.regions)} waiting: {' + '.join(text for text, _ in self.regions)}. Paint and say the next"
+        self.regions.append(
+            (text, mask, own_settings({name: v for name, v in own.items() if v not in (None, "") and name in OWN}))
+        )
+        texts = " + ".join(text for text, *_ in self.regions)
+        return f"{len(self.regions)} waiting, with the settings of now: {texts}. Paint and say the next"
 
     def clear_regions(self) -> str:
         self.regions = []
@@ -323,7 +376,8 @@ class Visitor:
         return self.gone()
 
     def gone(self, paint: Image.Image | None = None) -> str:
-        self.paint = paint
+        self.regions = [] if self.revised else self.regions
+        self.paint, self.revised = paint, None
         return f"At {self.canvas.at}, {self.canvas.state.instruction or 'the start'}: the next edit begins here"
 
     def opened(self) -> Canvas:
@@ -402,6 +456,12 @@ def read_paint(url: str, size: tuple[int, int]) -> Image.Image | None:
     return mask
 
 
+def calls(canvas: Canvas) -> str:
+    """How many a change of the stack took."""
+    n = canvas.state.made["calls"]
+    return f"{n} network calls" if n else "no network call was needed"
+
+
 def png(image: Image.Image, texts: Mapping[str, str] | None = None) -> bytes:
     out = io.BytesIO()
     image.save(out, "PNG", pnginfo=images.png_texts(texts or {}))
@@ -423,8 +483,8 @@ def picture_html(visitor: Visitor) -> str:
         paint = data_url(mask)
     width, height = shape(visitor)
     times, before = max(1, SHOWN // max(image.size)), ""
-    if visitor.canvas.state.parent is not None:
-        parent = visitor.canvas.states[visitor.canvas.state.parent].image
+    if (at := visitor.canvas.before()) is not None:
+        parent = visitor.canvas.states[at].image
         before = f'<img class="before" src="{data_url(parent)}" draggable="false" alt="the picture before">'
     pixels = "pixels" if times > 1 else ""
     links = "".join(f'<a id="save-{x}" href="save/{visitor.key}/{x}" download>Save {x}</a>' for x in SAVES)
@@ -493,11 +553,11 @@ def tree_html(canvas: Canvas | None) -> str:
             line = f"grid-area:{row[parent]}/{column[i]}/{row[i] + 1}/{column[i] + 1}"
             parts.append(f'<i class="{"branch" if row[i] > row[parent] else ""}" style="{line}"></i>')
         about = ", ".join(f"{key} {value}" for key, value in state.settings.items())
-        hidden = "" if state.shown or state.shown is None else " (hidden)"
+        hidden = "" if state.shown or state.shown is None else "(hidden) "
         parts.append(
             f'<button class="state{" here" if i == canvas.at else ""}" data-state="{i}" title="{escape(about)}" '
             f'style="grid-area:{row[i]}/{column[i]}"><img src="{data_url(enlarge(state.image, THUMB))}" alt="">'
-            f"<span><b>{i}</b> {escape(state.instruction or 'start')}{hidden}{scales(canvas, i)}</span></button>"
+            f"<span><b>{i}</b> {hidden}{escape(state.instruction or 'start')}{scales(canvas, i)}</span></button>"
         )
     return f'<div class="tree">{"".join(parts)}</div>'
 

@@ -331,11 +331,15 @@ class Canvas:
             union = ImageChops.lighter(union, state.mask.point(lambda v: 255 if v else 0))
         return union
 
+    def before(self) -> int | None:
+        """The number of the state that the current one was made from; None at the beginning."""
+        if self.state.made:
+            return next(i for i, state in enumerate(self.states) if state.id == self.state.made["from"])
+        return self.state.parent
+
     def undo(self) -> Image.Image:
         """Back to the state that the current one was made from. Raises CanvasError at the beginning."""
-        before = self.state.parent
-        if self.state.made:
-            before = next(i for i, state in enumerate(self.states) if state.id == self.state.made["from"])
+        before = self.before()
         if before is None:
             raise CanvasError("nothing to undo: this is the picture as it was opened")
         self.redo_stack.append(self.at)

@@ -106,7 +106,7 @@ class Photo:
         canvas = self.canvas
         return canvas.part or images.place(self.photo.size, canvas.state.image.size, canvas.native)
 
-    def steps(self, regions: Sequence[tuple[str, Mask | None]], **changes) -> Iterator[Step]:
+    def steps(self, regions: Sequence[tuple], **changes) -> Iterator[Step]:
         """`Canvas.steps`, which is checked at once."""
         return self.canvas.steps(regions, **changes)
 

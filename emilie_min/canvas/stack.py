@@ -7,7 +7,8 @@ later edit is looked at as it was, from a to b; now it finds a', which other edi
 - No such edit: b, to the bit.
 - S and E apart: b, and a' in S. Masks that are apart need no network call; without one the instruction might act on
   what has come back in S, as a look does. One call tells, see `Walk.acts`.
-- Else the edit is made once more, within S and E, or S where it acts there, and held to that outside.
+- Else the edit is made once more, within S and E, or S where it acts there, and held to that outside; but for an inset
+  that was kept as it is, which stays b in E.
 
 So outside S every bit of b stays, of the latent and of the picture. Noise is keyed by an edit's seed and by its depth,
 which it keeps wherever it moves. A stack that was there before is taken from the tree: hidden and shown again gives the
@@ -25,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import CanvasError
+from ..errors import CanvasError, printable
 from ..sampling import Step
 from . import images, regions
 from .images import Mask
@@ -54,21 +55,27 @@ class Layer:
     shown: bool = True
     strength: float = 1.0
     given: Image.Image | None = None  # their union at the photo's size
+    inserted: dict | None = None  # of `State`; with "kept" it is no edit by words, and never drawn anew
 
     @staticmethod
     def of(state: State, depth: int) -> "Layer":
         texts, masks = zip(*(state.regions or [(state.instruction, state.mask)]))
         depth = depth if state.depth is None else state.depth
-        return Layer(texts, masks, state.settings, depth, bool(state.shown), state.strength, state.given)
+        how = depth, bool(state.shown), state.strength, state.given, state.inserted
+        return Layer(texts, masks, state.settings, *how)
 
     @cached_property
     def key(self) -> tuple:
         """What its result depends on, besides its input."""
         masks = tuple(None if mask is None else mask.tobytes() for mask in self.masks)
         own = [sorted(own.items()) for own in self.settings.get("own", [])]
-        more = repr(self.told()), repr(own), repr(self.settings.get("scrubbed"))
+        more = repr(self.told()), repr(own), repr(self.settings.get("scrubbed")), repr(self.inserted)
         given = None if self.given is None else self.given.tobytes()
         return self.texts, masks, given, *more, self.depth, self.shown, self.strength
+
+    @property
+    def kept(self) -> bool:
+        return self.inserted is not None and "kept" in self.inserted
 
     def told(self, **changes) -> Settings:
         """Its settings, with changes: what its record has of `Settings`, and not of regions or of scrubbing."""
@@ -131,6 +138,7 @@ class Walk:
         several = list(zip(layer.texts, layer.masks)) if len(layer.texts) > 1 else []
         state = State(" + ".join(layer.texts), parent.latent, parent.image, at, None, layer.settings, None, several)
         state.depth, state.shown, state.strength = layer.depth, layer.shown, layer.strength
+        state.inserted = layer.inserted
         asked, settings = layer.asked(self.canvas)
         state.mask, state.given = regions.joined(asked), asked.given
         if not layer.shown:
@@ -177,11 +185,15 @@ class Walk:
             core, where = (torch.stack(part).any(0) for part in zip(*edges))
             mine, reach = support(a.latent, b.latent)
             state.latent, state.f = torch.where(where & ~mine, parent, b.latent), b.f
+            if layer.kept:
+                return
             if self.acts(asked, settings, scratch, core & ~mine):
                 reach = where
             elif not (core & mine).any():
                 return
             within = (where & reach).float(), torch.where(where, parent, b.latent)
+        elif layer.kept:
+            raise CanvasError(f"{printable(layer.texts[0], 60)!r} is an inset that was kept: it cannot be drawn anew")
         for step in self.steps(layer, scratch, within):
             self.calls += step.sigma > 0
             yield step
@@ -348,7 +360,7 @@ def revise(
         asked = canvas.asked(texts, given, own, settings)
         masks, union = asked.masks, layer.given if same else asked.given
     record = settings.record() | ({"own": own} if any(own) else {})
-    return replace(layer, texts=tuple(texts), masks=tuple(masks), given=union, settings=record)
+    return replace(layer, texts=tuple(texts), masks=tuple(masks), given=union, settings=record, inserted=None)
 
 
 def change(canvas, name: str, k: int, *more, way: str = "support", **revised) -> Iterator[Step]:

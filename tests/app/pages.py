@@ -90,10 +90,10 @@ class Caller:
 
     def edit(
         self, text, paint="", keep=False, crop=False, text_scale=1.5, image_scale=1.0, steps=2, seed=None,
-        gate="anchor", no="",
+        gate="anchor", no="", part=1,
     ) -> list:  # fmt: skip
         """The values of an edit."""
-        return [None, text, paint, keep, crop, text_scale, image_scale, steps, seed, gate, no]
+        return [None, text, paint, keep, crop, text_scale, image_scale, steps, seed, gate, no, part]
 
     def insert(self, caption="", redrawn=1, keep=False) -> list:
         """The values of an insertion."""

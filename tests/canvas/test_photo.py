@@ -160,3 +160,52 @@ def test_what_cannot_be_cropped_is_told(many, editor):
     with pytest.raises(CanvasError, match="needs a mask"):
         photo.aim([None])
     assert photo.canvas.at == 0 and photo.box == (0, 0, 256, 256)
+
+
+def test_a_changed_stack_at_the_photos_size(editor):
+    """Outside the masks that show it is the photo, to the bit; what is taken out, hidden or moved away is it again."""
+    image = world.render(world.scene(3)).resize((150, 150))
+    photo, before = open_photo(image, editor), np.asarray(image)
+    left, right = (0, 0, 50, 150), (100, 0, 150, 150)
+    for box in (left, right):
+        for _ in photo.steps([("make it night", box)], steps=1):
+            pass
+    both, canvas = np.asarray(photo.image), photo.canvas
+
+    def same(a, b) -> list[bool]:
+        return [bool((a[:, part] == b[:, part]).all()) for part in (slice(0, 50), slice(50, 100), slice(100, 150))]
+
+    assert same(both, before) == [False, True, False]
+    for change, kept in [
+        (lambda: canvas.hide(1), [True, True, False]),
+        (lambda: canvas.move(1, 2), [True, True, False]),
+        (lambda: canvas.retract(1), [True, True, True]),
+        (lambda: canvas.show(1), [False, True, True]),
+        (lambda: canvas.revise(1, mask=(0, 0, 30, 30), text_scale=2.0), [False, True, True]),
+        (lambda: canvas.retract(1), [True, True, True]),
+    ]:
+        change()
+        assert same(np.asarray(photo.image), before) == kept
+        if change and kept == [True, True, False]:
+            assert same(np.asarray(photo.image), both) == [False, True, True]
+    photo.undo()
+    after = np.asarray(photo.image)
+    assert (after[31:] == before[31:]).all() and (after != before).any()
+
+
+def test_a_changed_stack_in_a_crop(editor):
+    """The crop's edits are its stack; those before it are in the picture that it was cut from."""
+    image = world.render(world.scene(3)).resize((200, 200))
+    photo = open_photo(image, editor)
+    edit(photo, "make it night", (0, 0, 60, 60), steps=1)
+    edit(photo, "make it day", (140, 140, 200, 200), steps=1)
+    assert len(photo.earlier) == 1 and len(photo.canvas.stack) == 1
+    before = np.asarray(photo.image)
+    photo.canvas.retract(1)
+    after = np.asarray(photo.image)
+    assert (after == np.asarray(photo.photo)).all() and (after[:140, :140] == before[:140, :140]).all()
+    assert (after[140:, 140:] == np.asarray(image)[140:, 140:]).all() and (after != np.asarray(image)).any()
+    with pytest.raises(CanvasError, match="the stack has none"):
+        photo.canvas.retract(1)
+    photo.undo()
+    assert (np.asarray(photo.image) == before).all()

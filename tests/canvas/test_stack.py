@@ -116,6 +116,8 @@ def test_replaying_is_what_the_edits_would_have_been_at_their_depths(three, coun
         for _ in plain.run(plain.asked([text], [mask], [{}], settings), settings, depth):
             pass
     assert torch.equal(three.latent, plain.latent)
+    three.retract(1)
+    assert [state.depth for state in three.stack] == [2]  # also of what was made anew
 
 
 def test_strength_is_the_way_from_before_to_after(three):
@@ -198,6 +200,23 @@ def test_support_is_where_latents_are_apart_and_a_cell_around():
     b[:, 1] = 0.2
     assert support(a, b)[0].all()  # a little, but nearly everywhere
     assert not support(a, a)[1].any() and support(a, a + 0.02)[1].all()  # little, but everywhere
+
+
+def test_an_inset_that_was_kept_is_never_drawn_anew(three):
+    """It is no edit by its words: its state is all that there is of it."""
+    three.states[3].inserted = {"caption": "a day", "boxes": [[0, 0, 64, 64]], "taken": 0, "kept": 0.2}
+    before = three.latent
+    three.retract(1)
+    assert three.editor.calls == 0 and three.state.inserted == three.states[3].inserted
+    assert torch.equal(three.latent[..., 6:], before[..., 6:])
+    with pytest.raises(CanvasError, match="was kept"):
+        three.retract(1, way="replay")
+    three.states[3].inserted = {"caption": "a day", "boxes": [[0, 0, 64, 64]], "taken": 0}
+    three.branch(3)
+    three.retract(1)
+    assert three.editor.calls > 0 and three.state.inserted == three.states[3].inserted  # drawn by its words
+    three.revise(2, instruction="make it night")
+    assert three.state.inserted is None
 
 
 def test_several_regions_in_a_stack(three):
