@@ -11,7 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import judge
+from .around import AROUND
+from .fields import FIELDS
 from .kinds import KINDS, prepare
+
+KINDS = KINDS | FIELDS | AROUND
 
 
 def cases(

@@ -130,7 +130,7 @@ def files(folder: Path) -> dict[str, str]:
     """Of all files in a folder, by their paths in it, the SHA-256."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.is_symlink():
+        if path.is_file() and not path.is_symlink() and path.stat().st_size < 2**28:
             found[os.fsdecode(os.fsencode(path.relative_to(folder)))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
