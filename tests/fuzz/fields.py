@@ -107,17 +107,54 @@ def jpeg(rng: random.Random, image: Image.Image) -> bytes:
     elif way == 5:  # a scan again and again
         rest = rest[:-2] * rng.choice((2, 50, 3000)) + rest[-2:]
     elif way == 6:
-        parts = [b"ICC_PROFILE\0" + bytes([i & 255, n & 255]) + rng.randbytes(99) for i, n in ((0, 0), (3, 2), (1, 255))]
+        parts = [
+            b"ICC_PROFILE\0" + bytes([i & 255, n & 255]) + rng.randbytes(99) for i, n in ((0, 0), (3, 2), (1, 255))
+        ]
         segments += [(0xE2, part) for part in parts[: rng.randrange(1, 4)]]
     else:
-        segments.append(rng.choice(((0xEE, b"Adobe\0\x64\0\0\0\0\xff"), (0xDD, b"\0\1"), (0xDC, b"\0\0"),
-                                    (0xE2, b"MPF\0II*\0" + rng.randbytes(60)), (0xFE, EVIL.encode()))))  # fmt: skip
+        segments.append(
+            rng.choice(
+                (
+                    (0xEE, b"Adobe\0\x64\0\0\0\0\xff"),
+                    (0xDD, b"\0\1"),
+                    (0xDC, b"\0\0"),
+                    (0xE2, b"MPF\0II*\0" + rng.randbytes(60)),
+                    (0xFE, EVIL.encode()),
+                )
+            )
+        )
     return data[:2] + b"".join(bytes([255, n]) + struct.pack(">H", len(b) + 2) + b for n, b in segments) + rest
 
 
-TAGS = {254: 1, 256: 64, 257: 64, 258: 8, 259: 1, 262: 2, 273: 0, 274: 1, 277: 3, 278: 64, 279: 0, 284: 1, 317: 1,
-        322: 64, 323: 64, 324: 0, 325: 0, 330: 8, 338: 1, 339: 1, 281: 255, 320: 0, 530: 2, 34675: 0, 50706: 1,
-        34665: 8, 33432: 0}  # fmt: skip
+TAGS = {
+    254: 1,
+    256: 64,
+    257: 64,
+    258: 8,
+    259: 1,
+    262: 2,
+    273: 0,
+    274: 1,
+    277: 3,
+    278: 64,
+    279: 0,
+    284: 1,
+    317: 1,
+    322: 64,
+    323: 64,
+    324: 0,
+    325: 0,
+    330: 8,
+    338: 1,
+    339: 1,
+    281: 255,
+    320: 0,
+    530: 2,
+    34675: 0,
+    50706: 1,
+    34665: 8,
+    33432: 0,
+}
 
 
 def tiff_bytes(rng: random.Random, image: Image.Image | None) -> bytes:
@@ -125,8 +162,18 @@ def tiff_bytes(rng: random.Random, image: Image.Image | None) -> bytes:
     pixels = b"" if image is None else image.convert("RGB").tobytes()
     entries = {274: rng.choice((1, 3, 6, 8))}
     if image is not None:
-        entries |= {256: image.width, 257: image.height, 258: 8, 259: 1, 262: 2, 273: 1000, 277: 3, 278: image.height,
-                    279: len(pixels), 284: 1}  # fmt: skip
+        entries |= {
+            256: image.width,
+            257: image.height,
+            258: 8,
+            259: 1,
+            262: 2,
+            273: 1000,
+            277: 3,
+            278: image.height,
+            279: len(pixels),
+            284: 1,
+        }
     odd = {}
     for tag in rng.sample(sorted(TAGS), rng.choice((1, 1, 2, 3))):
         odd[tag] = rng.choice((TAGS[tag], *NUMBERS))
@@ -185,11 +232,18 @@ def inside(rng: random.Random | None, folder: Path) -> Case:
     data = rng.choice((png, png, jpeg, tiff_bytes, others, icc))(rng, whole)
     name = "p" + rng.choice((".png", ".jpg", ".tif", ""))
     (folder / name).write_bytes(data)
-    argv = rng.choice((["edit", name, NIGHT, *MODEL], ["edit", name, NIGHT, *MODEL],
-                       ["edit", "photo.png", NIGHT, "--mask", f"1={name}", *MODEL], ["info", name],
-                       ["edit", "photo.png", NIGHT, "--mask", f"1={name}", "--soft", "--crop", *MODEL],
-                       ["edit", "--batch", name, NIGHT, *MODEL],
-                       ["where", name, NIGHT, *MODEL], ["edit", name, NIGHT, "--working-size", *MODEL]))  # fmt: skip
+    argv = rng.choice(
+        (
+            ["edit", name, NIGHT, *MODEL],
+            ["edit", name, NIGHT, *MODEL],
+            ["edit", "photo.png", NIGHT, "--mask", f"1={name}", *MODEL],
+            ["info", name],
+            ["edit", "photo.png", NIGHT, "--mask", f"1={name}", "--soft", "--crop", *MODEL],
+            ["edit", "--batch", name, NIGHT, *MODEL],
+            ["where", name, NIGHT, *MODEL],
+            ["edit", name, NIGHT, "--working-size", *MODEL],
+        )
+    )
     return Case(argv, lines=2 if "--batch" in argv else 1)
 
 
@@ -199,8 +253,11 @@ def inside(rng: random.Random | None, folder: Path) -> Case:
 def pages(rng: random.Random | None, folder: Path) -> Case:
     path = folder / "c.canvas"
     shutil.copy(folder / "s.canvas", path)
-    argv = [["edit", "make it day", "--canvas", path.name, *MODEL], ["stack", path.name, *MODEL],
-            ["stack", path.name, "hide", "1", *MODEL]]  # fmt: skip
+    argv = [
+        ["edit", "make it day", "--canvas", path.name, *MODEL],
+        ["stack", path.name, *MODEL],
+        ["stack", path.name, "hide", "1", *MODEL],
+    ]
     if rng is None:
         return Case(argv[0], False, (path.name,))
     way = rng.randrange(5)
@@ -215,27 +272,41 @@ def pages(rng: random.Random | None, folder: Path) -> Case:
         data[at + place : at + place + new[0]] = (new[1] & (1 << 8 * new[0]) - 1).to_bytes(new[0], "big")
         path.write_bytes(data)
     elif way == 2:  # files that SQLite looks for beside it
-        hot = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + struct.pack(">5I", rng.choice((0, 1, 2**32 - 1)), 7, 3, 512, 4096)
-        what = hot + rng.randbytes(484) + struct.pack(">I", 1) + rng.randbytes(4100)
         aside = rng.choice(("-journal", "-wal", "-shm"))
-        (folder / f"{path.name}{aside}").write_bytes(rng.choice((b"", rng.randbytes(600), what)))
-        return Case(rng.choice(argv), changes=(path.name, f"{path.name}{aside}"), well=same_canvas(path.name, "s.canvas"))
+        (folder / f"{path.name}{aside}").write_bytes(rng.choice((b"", rng.randbytes(600))))
+        return Case(
+            rng.choice(argv), changes=(path.name, f"{path.name}{aside}"), well=same_canvas(path.name, "s.canvas")
+        )
     else:
         with closing(sqlite3.connect(path)) as db:
             db.execute(
                 rng.choice(
-                    ("CREATE VIEW other AS SELECT 1", "CREATE INDEX i ON states(id)", "CREATE TABLE more(a)",
-                     "CREATE TRIGGER t AFTER INSERT ON head BEGIN DELETE FROM states; END", "DROP TABLE head",
-                     "ALTER TABLE head ADD COLUMN more", "UPDATE states SET record = CAST(record AS BLOB)",
-                     "UPDATE states SET number = number + 1000000", "UPDATE states SET id = CAST(id AS BLOB)",
-                     "UPDATE states SET tensors = zeroblob(900000000) WHERE number = 1",
-                     "UPDATE states SET digest = NULL || ''", "DELETE FROM states WHERE number = 1",
-                     "INSERT INTO head SELECT * FROM head", "DELETE FROM head", "PRAGMA user_version = -1",
-                     "UPDATE states SET record = char(27) || record", "PRAGMA application_id = 0",
-                     "UPDATE states SET tensors = substr(tensors, 1, 999)", "UPDATE head SET about = 'null'",
-                     "PRAGMA journal_mode = WAL", "PRAGMA encoding = 'UTF-16'", "PRAGMA auto_vacuum = 1")
+                    (
+                        "CREATE VIEW other AS SELECT 1",
+                        "CREATE INDEX i ON states(id)",
+                        "CREATE TABLE more(a)",
+                        "CREATE TRIGGER t AFTER INSERT ON head BEGIN DELETE FROM states; END",
+                        "DROP TABLE head",
+                        "ALTER TABLE head ADD COLUMN more",
+                        "UPDATE states SET record = CAST(record AS BLOB)",
+                        "UPDATE states SET number = number + 1000000",
+                        "UPDATE states SET id = CAST(id AS BLOB)",
+                        "UPDATE states SET tensors = zeroblob(900000000) WHERE number = 1",
+                        "UPDATE states SET digest = NULL || ''",
+                        "DELETE FROM states WHERE number = 1",
+                        "INSERT INTO head SELECT * FROM head",
+                        "DELETE FROM head",
+                        "PRAGMA user_version = -1",
+                        "UPDATE states SET record = char(27) || record",
+                        "PRAGMA application_id = 0",
+                        "UPDATE states SET tensors = substr(tensors, 1, 999)",
+                        "UPDATE head SET about = 'null'",
+                        "PRAGMA journal_mode = WAL",
+                        "PRAGMA encoding = 'UTF-16'",
+                        "PRAGMA auto_vacuum = 1",
+                    )
                 ).replace("NULL || ''", "'x'")
-            )  # fmt: skip
+            )
             db.commit()
             if rng.random() < 0.3:
                 db.execute("VACUUM")
@@ -258,8 +329,11 @@ class Says:
 def zips(rng: random.Random | None, folder: Path) -> Case:
     path = folder / "w.ckpt"
     shutil.copy(folder / "tiny.ckpt", path)
-    argv = [["edit", "photo.png", NIGHT, "--config", "tiny.yaml", "--weights", path.name, "--device", "cpu"],
-            ["convert", path.name, "out.safetensors", "--config", "tiny.yaml"], ["info", path.name]]  # fmt: skip
+    argv = [
+        ["edit", "photo.png", NIGHT, "--config", "tiny.yaml", "--weights", path.name, "--device", "cpu"],
+        ["convert", path.name, "out.safetensors", "--config", "tiny.yaml"],
+        ["info", path.name],
+    ]
     if rng is None:
         return Case(argv[0], False)
     with zipfile.ZipFile(path) as archive:
@@ -269,38 +343,95 @@ def zips(rng: random.Random | None, folder: Path) -> Case:
     compress, way = zipfile.ZIP_STORED, rng.randrange(10)
     if way == 0:  # laughs: tuples of tuples, by the memo
         laughs = b"\x80\x02(K\x01t" + b"".join(b"q%c2222t0" % 1 for _ in range(1))
-        laughs = b"\x80\x02K\x01\x85" + b"q\x01" + b"".join(b"h%c" % i + b"h%c" % i + b"\x86q%c" % (i + 1) for i in range(1, 60))
+        laughs = (
+            b"\x80\x02K\x01\x85"
+            + b"q\x01"
+            + b"".join(b"h%c" % i + b"h%c" % i + b"\x86q%c" % (i + 1) for i in range(1, 60))
+        )
         records[at] = name, laughs + b"."
     elif way == 1:
-        records[at] = name, b"\x80\x02" + rng.choice((b"(" * 10**6, b"]" * 10**6, b"\x8b\xff\xff\xff\x7f", b"c" + b"x" * 9**6 + b"\nx\n.",
-                                                     b"X\xff\xff\xff\x7fx", b"\x82\x01.", b"\x95\xff\xff\xff\xff\xff\xff\xff\x7f.", b"j\xff\xff\xff\x7f.",
-                                                     b"r\xff\xff\xff\x7f.", b"I" + b"9" * 10**6 + b"\n.", b"Pabc\n.", b"cos\nsystem\n(S'touch owned'\ntR."))  # fmt: skip
+        records[at] = (
+            name,
+            b"\x80\x02"
+            + rng.choice(
+                (
+                    b"(" * 10**6,
+                    b"]" * 10**6,
+                    b"\x8b\xff\xff\xff\x7f",
+                    b"c" + b"x" * 9**6 + b"\nx\n.",
+                    b"X\xff\xff\xff\x7fx",
+                    b"\x82\x01.",
+                    b"\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",
+                    b"j\xff\xff\xff\x7f.",
+                    b"r\xff\xff\xff\x7f.",
+                    b"I" + b"9" * 10**6 + b"\n.",
+                    b"Pabc\n.",
+                    b"cos\nsystem\n(S'touch owned'\ntR.",
+                )
+            ),
+        )
     elif way == 2:
         place = rng.randrange(len(data))
-        opcodes = b"()-./012BCDFGHIJKLMNPQRSTUVXZ[]abcdeghijlmnopqrstuvxyz}\x80\x81\x85\x86\x87\x88\x89\x8a\x8b\x8c\x93\x94"
+        opcodes = (
+            b"()-./012BCDFGHIJKLMNPQRSTUVXZ[]abcdeghijlmnopqrstuvxyz}\x80\x81\x85\x86\x87\x88\x89\x8a\x8b\x8c\x93\x94"
+        )
         records[at] = name, data[:place] + bytes([rng.choice(opcodes)]) + data[place + 1 :]
     elif way == 3:
         compress = rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
         if rng.random() < 0.5:
             records.append(("archive/data/999", bytes(2**28)))
     elif way == 4:
-        records.append(rng.choice((records[at], ("../../owned", b"x"), (EVIL, b"x"), ("x" * 60_000, b"x"), ("archive/byteorder", b"big"),
-                                   ("/etc/owned", b""), ("archive/.format_version", b"9" * 999), ("archive/version", b"99\n"))))  # fmt: skip
+        records.append(
+            rng.choice(
+                (
+                    records[at],
+                    ("../../owned", b"x"),
+                    (EVIL, b"x"),
+                    ("x" * 60_000, b"x"),
+                    ("archive/byteorder", b"big"),
+                    ("/etc/owned", b""),
+                    ("archive/.format_version", b"9" * 999),
+                    ("archive/version", b"99\n"),
+                )
+            )
+        )
     elif way == 5:
         del records[rng.randrange(len(records))]
     elif way == 6:
         which = rng.randrange(len(records))
-        records[which] = records[which][0], rng.choice((b"", records[which][1][:7], records[which][1] * 3, rng.randbytes(99)))
+        records[which] = (
+            records[which][0],
+            rng.choice((b"", records[which][1][:7], records[which][1] * 3, rng.randbytes(99))),
+        )
     elif way == 7:
         numbers = [place for place in range(len(data) - 3) if data[place : place + 1] in b"KMJ"]
         place = rng.choice(numbers)
-        records[at] = name, data[:place] + b"J" + struct.pack("<i", rng.choice((-1, 0, 2**31 - 1, -(2**31)))) + data[place + {75: 2, 77: 3, 74: 5}[data[place]] :]
+        records[at] = (
+            name,
+            data[:place]
+            + b"J"
+            + struct.pack("<i", rng.choice((-1, 0, 2**31 - 1, -(2**31))))
+            + data[place + {75: 2, 77: 3, 74: 5}[data[place]] :],
+        )
     elif way == 8:
         deep: object = 1
-        for _ in range(rng.choice((100, 900))):
+        for _ in range(rng.choice((100, 300))):
             deep = [deep]
-        state = rng.choice((deep, {"state_dict": None}, {"state_dict": [1]}, {"state_dict": {1: 2}}, {EVIL: EVIL}, None, "x" * 10**7,
-                            {"state_dict": {EVIL: 1}}, Says(bytearray, (10**10,)), Says(dict, ([(1, 2)],)), {"state_dict": Says(list, ((1,),))}))
+        state = rng.choice(
+            (
+                deep,
+                {"state_dict": None},
+                {"state_dict": [1]},
+                {"state_dict": {1: 2}},
+                {EVIL: EVIL},
+                None,
+                "x" * 10**7,
+                {"state_dict": {EVIL: 1}},
+                Says(bytearray, (10**10,)),
+                Says(dict, ([(1, 2)],)),
+                {"state_dict": Says(list, ((1,),))},
+            )
+        )
         records[at] = name, pickle.dumps(state, 2)
     else:
         records = [(rng.choice(("x/", "", EVIL)) + each.partition("/")[2], body) for each, body in records]
@@ -333,10 +464,12 @@ def yamls(rng: random.Random | None, folder: Path) -> Case:
     path.write_text(text)
     if rng is None:
         return Case(argv, False)
-    odd = """!!binary AAAA|!!timestamp 2001-01-01|!!set {a, b}|!!omap [a: 1]|!!float 1|!!int "8"|!!str 8|!!null ''|!!python/name:os.system
-    !!python/tuple [1, 2]|&a [*a]|&a {b: *a}|*unknown|0x10|0o20|1_6|1:20|1e1|.inf|.nan|-.inf|~|???|${a}|${.}|${oc.env:HOME}|$|yes|on|2001-01-01
-    '8'|"\\x1b[31m"|"\\ud800"|"\\0"|[8, ]|[8, 8, ]|{8: 8}|{? [a] : b}|>-\n      8|- 8|8 # more|"8|@|`|%|!|!!|!<x> 8|! 8|=|<<|{<<: {a: 1}}
-    99999999999999999999999999|0b1000|1.0|8.5|--8|+8|080|0x|_|1__6|true|[]|{}|""|[[8]]|[1, 2.5]|[true]|[null]|[-1]""".replace("\n    ", "|").split("|")
+    odd = """!!binary AAAA|!!timestamp 2001-01-01|!!set {a, b}|!!omap [a: 1]|!!float 1|!!int "8"|!!str 8|!!null ''
+    !!python/name:os.system|!!python/tuple [1, 2]|&a [*a]|&a {b: *a}|*unknown|0x10|0o20|1_6|1:20|1e1|.inf|.nan
+    -.inf|~|???|${a}|${.}|${oc.env:HOME}|$|yes|on|2001-01-01|'8'|"\\x1b[31m"|"\\ud800"|"\\0"|[8, ]|[8, 8, ]
+    {8: 8}|{? [a] : b}|>-\n      8|- 8|8 # more|"8|@|`|%|!|!!|!<x> 8|! 8|=|<<|{<<: {a: 1}}
+    99999999999999999999999999|0b1000|1.0|8.5|--8|+8|080|0x|_|1__6|true|[]|{}|""|[[8]]|[1, 2.5]|[true]|[null]
+    [-1]""".replace("\n    ", "|").split("|")
     lines, way = text.splitlines(), rng.randrange(9)
     at = rng.randrange(len(lines))
     if way < 4:
@@ -344,18 +477,76 @@ def yamls(rng: random.Random | None, folder: Path) -> Case:
             at = rng.randrange(len(lines))
         lines[at] = lines[at].partition(": ")[0] + ": " + rng.choice(odd)
     elif way == 4:
-        lines[at] = rng.choice(("\t", " ", "- ", "? ", "---\n", "...\n", "%YAML 9.9\n---\n", "%TAG ! x:\n---\n", "\0", "\ufeff", "\u2028", "'", "{", "!x ")) + lines[at]
+        lines[at] = (
+            rng.choice(
+                (
+                    "\t",
+                    " ",
+                    "- ",
+                    "? ",
+                    "---\n",
+                    "...\n",
+                    "%YAML 9.9\n---\n",
+                    "%TAG ! x:\n---\n",
+                    "\0",
+                    "\ufeff",
+                    "\u2028",
+                    "'",
+                    "{",
+                    "!x ",
+                )
+            )
+            + lines[at]
+        )
     elif way == 5:
-        lines.insert(at, rng.choice((lines[at], "<<: {a: 1}", "1: 2", "null: 1", "true: 1", "[a]: 1", "? {a: 1}\n: 2", "model.params: 1", "a" * 70_000 + ": 1",
-                                     ".: 1", "'': 1", "model: {}", "2001-01-01: 1", '"\\x1b[31m": 1', "!!binary aaaa: 1", "? " * 400)))  # fmt: skip
+        lines.insert(
+            at,
+            rng.choice(
+                (
+                    lines[at],
+                    "<<: {a: 1}",
+                    "1: 2",
+                    "null: 1",
+                    "true: 1",
+                    "[a]: 1",
+                    "? {a: 1}\n: 2",
+                    "model.params: 1",
+                    "a" * 70_000 + ": 1",
+                    ".: 1",
+                    "'': 1",
+                    "model: {}",
+                    "2001-01-01: 1",
+                    '"\\x1b[31m": 1',
+                    "!!binary aaaa: 1",
+                    "? " * 400,
+                )
+            ),
+        )
     elif way == 6:
         path.write_bytes("\n".join(lines).encode(rng.choice(("utf-16", "utf-32", "utf-8-sig", "utf-16-le", "cp037"))))
         return Case(argv)
     elif way == 7:
-        lines = [line.replace(rng.choice((" ", ":", "-")), rng.choice(("\t", ":", "- ", "  ")), 1) if i == at else line for i, line in enumerate(lines)]
+        lines = [
+            line.replace(rng.choice((" ", ":", "-")), rng.choice(("\t", ":", "- ", "  ")), 1) if i == at else line
+            for i, line in enumerate(lines)
+        ]
     else:
         kept = lines[at].rpartition(" ")
-        lines[at] = kept[0] + " " + rng.choice((f"{kept[2]}e400", f"{kept[2]}.0", f"-{kept[2]}", f"{kept[2]}{'0' * 5000}", f'"{kept[2]}"', f"[{kept[2]}]", f"{kept[2]} {kept[2]}"))
+        lines[at] = (
+            kept[0]
+            + " "
+            + rng.choice(
+                (
+                    f"{kept[2]}e400",
+                    f"{kept[2]}.0",
+                    f"-{kept[2]}",
+                    f"{kept[2]}{'0' * 5000}",
+                    f'"{kept[2]}"',
+                    f"[{kept[2]}]",
+                    f"{kept[2]} {kept[2]}",
+                )
+            )
+        )
     path.write_text("\n".join(lines), errors="surrogatepass")
     return Case(argv)
 
@@ -379,14 +570,18 @@ def folders(rng: random.Random | None, folder: Path) -> Case:
     elif path.suffix == ".safetensors" and rng.random() < 0.5:
         tensors = load_file(path)
         key = rng.choice(sorted(tensors))
-        made = rng.choice((lambda t: t * math.nan, lambda t: t[:1], lambda t: t.double(), lambda t: t[None], lambda t: t * 1e30))
+        made = rng.choice(
+            (lambda t: t * math.nan, lambda t: t[:1], lambda t: t.double(), lambda t: t[None], lambda t: t * 1e30)
+        )
         tensors[key] = made(tensors[key]).contiguous()
         if rng.random() < 0.3:
             del tensors[key]
         with open(path, "rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
             about = json.loads(file.read(length)).get("__metadata__", {})
-        save_file(tensors, path, about if rng.random() < 0.7 else {k: rng.choice((EVIL, "{", "9" * 99, "")) for k in about})
+        save_file(
+            tensors, path, about if rng.random() < 0.7 else {k: rng.choice((EVIL, "{", "9" * 99, "")) for k in about}
+        )
     elif rng.random() < 0.15:
         path.unlink()
     else:
@@ -396,12 +591,17 @@ def folders(rng: random.Random | None, folder: Path) -> Case:
 
 def diffusers(rng: random.Random | None, folder: Path) -> Case:
     """A folder of weights by parts: what it lacks, spells or nests otherwise."""
-    argv = [["info", "d"], ["convert", "d", "out.safetensors", "--config", "tiny.yaml"],
-            ["edit", "photo.png", NIGHT, "--config", "tiny.yaml", "--weights", "d", "--device", "cpu"]]  # fmt: skip
+    argv = [
+        ["info", "d"],
+        ["convert", "d", "out.safetensors", "--config", "tiny.yaml"],
+        ["edit", "photo.png", NIGHT, "--config", "tiny.yaml", "--weights", "d", "--device", "cpu"],
+    ]
     tensors = load_file(folder / "tiny.safetensors")
-    parts = {"unet": ("model.diffusion_model.", "diffusion_pytorch_model.safetensors"),
-             "vae": ("first_stage_model.", "diffusion_pytorch_model.safetensors"),
-             "text_encoder": ("cond_stage_model.transformer.", "model.safetensors")}  # fmt: skip
+    parts = {
+        "unet": ("model.diffusion_model.", "diffusion_pytorch_model.safetensors"),
+        "vae": ("first_stage_model.", "diffusion_pytorch_model.safetensors"),
+        "text_encoder": ("cond_stage_model.transformer.", "model.safetensors"),
+    }
     for part, (prefix, name) in parts.items():
         (folder / "d" / part).mkdir(parents=True)
         own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
@@ -418,16 +618,47 @@ def diffusers(rng: random.Random | None, folder: Path) -> Case:
     elif way == 1:
         path.unlink()
     elif way == 2:
-        table = rng.choice(({"weight_map": {"a": "../../../etc/passwd"}}, {"weight_map": {"a": EVIL}}, {"weight_map": []}, {"weight_map": {"a": 1}}, [],
-                            {"weight_map": {}}, {"weight_map": {"a": "x" * 999}}, {"weight_map": {"a": ""}}, {"weight_map": {"a": "."}}))
+        table = rng.choice(
+            (
+                {"weight_map": {"a": "../../../etc/passwd"}},
+                {"weight_map": {"a": EVIL}},
+                {"weight_map": []},
+                {"weight_map": {"a": 1}},
+                [],
+                {"weight_map": {}},
+                {"weight_map": {"a": "x" * 999}},
+                {"weight_map": {"a": ""}},
+                {"weight_map": {"a": "."}},
+            )
+        )
         path.rename(path.with_name("other"))
         path.with_name(path.name + ".index.json").write_text(json.dumps(table))
     elif way == 3:
-        (folder / "d/scheduler/scheduler_config.json").write_text(rng.choice(("[]", "{", EVIL, '{"prediction_type": "v_prediction"}',
-                                                                             '{"prediction_type": [1]}', json.dumps({EVIL: EVIL * 999}), "[" * 10**5)))
+        (folder / "d/scheduler/scheduler_config.json").write_text(
+            rng.choice(
+                (
+                    "[]",
+                    "{",
+                    EVIL,
+                    '{"prediction_type": "v_prediction"}',
+                    '{"prediction_type": [1]}',
+                    json.dumps({EVIL: EVIL * 999}),
+                    "[" * 10**5,
+                )
+            )
+        )
     else:
-        prefix = rng.choice(("time_embedding.linear_1.weight", "down_blocks.0.resnets.0.conv1.weight", "up_blocks.99.attentions.0.norm.weight",
-                             "decoder.up_blocks.0.resnets.0.norm1.weight", "up_blocks.x.weight", EVIL, "mid_block." * 99))
+        prefix = rng.choice(
+            (
+                "time_embedding.linear_1.weight",
+                "down_blocks.0.resnets.0.conv1.weight",
+                "up_blocks.99.attentions.0.norm.weight",
+                "decoder.up_blocks.0.resnets.0.norm1.weight",
+                "up_blocks.x.weight",
+                EVIL,
+                "mid_block." * 99,
+            )
+        )
         if path.suffix == ".safetensors":
             own = load_file(path)
             save_file({prefix if i == 0 else key: t for i, (key, t) in enumerate(own.items())}, path)
