@@ -121,7 +121,7 @@ class Batch:
                     pass
             else:
                 placed = with_places(regions, photos[0], photos[0].canvas)
-                masked = all(mask is not None for _, mask in placed)
+                masked = all(mask is not None for _, mask, *_ in placed)
                 keep = {"keep_background": self.changes["keep_background"] and masked}
                 for _ in photos[0].steps(placed, **self.changes | keep):
                     pass

@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from .. import __version__
 from ..bench.cli import add_commands, whole
 from ..errors import BenchError, EmilieError, explain_oom, printable, say
 from ..speed.cli import add_options, run_speed
@@ -104,6 +105,7 @@ def tell_once(text: str, told: set[str]) -> None:
 
 def parser() -> Parser:
     top = Parser(prog="emilie", description="Edit a picture by instructions, one after another (EMILIE, WACV 2024).")
+    top.add_argument("--version", action="version", version=f"emilie_min {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     def command(name: str, run, help: str) -> Parser:
@@ -138,6 +140,7 @@ def parser() -> Parser:
     page.add_argument("--port", type=int, default=7860, help="default: 7860; 0 takes any free one")
     page.add_argument("--open", action="store_true", help="open the browser too")
     page.add_argument("--auth", metavar="USER:PASSWORD", help="who may come in (beyond this computer default: a link)")
+    insert.add_network_options(page)
     add_model_options(page, find=True)
     add_path_options(page)
 
@@ -179,10 +182,12 @@ def run_edit(args: argparse.Namespace) -> int | None:
 
 
 def run_studio(args: argparse.Namespace) -> None:
+    from .inserting import Networks
     from .studio import listen, studio
 
     listen(args.host, args.port, args.auth).close()  # what cannot work is told before weights are loaded
-    studio(load_editor(args), args.host, args.port, args.open, args.auth)
+    editor = load_editor(args)
+    studio(editor, args.host, args.port, args.open, args.auth, Networks(editor, args.graconet, args.blip2))
 
 
 def run_check(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-from ..canvas.settings import CHOICES, Settings
+from ..canvas.settings import CHOICES, OWN, Settings
 from ..errors import CanvasError, InstructionError, MaskError, note, printable, say
 from . import language
 from .options import add_model_options, add_path_options, edit_with_bar, load_editor, tell_foreign, writable
@@ -65,6 +65,8 @@ def add_options(sub: argparse.ArgumentParser) -> None:
         help="do this too in edit N, in the same pass; WHERE: a mask's FILE or X0,Y0,X1,Y1. What edit N itself says "
         "then holds in its own mask or, without one, everywhere else",
     )
+    sub.add_argument("--own", action="append", default=[], metavar="N.R=NAME=VALUE[;...]",
+                     help=f"of edit N's R-th instruction alone, 2 the first --also: {', '.join(OWN)}")  # fmt: skip
     add_settings(sub)
     sub.add_argument("--resolution", type=resolution, help='longer side to work at, in px, or "native"')
     sub.add_argument("--working-size", action="store_true", help="write pictures as they are worked on, cropped to fit")
@@ -131,12 +133,12 @@ def run(args: argparse.Namespace) -> None:
     photo = None if original is None else photo_of(original, canvas, args.canvas, args.input)
     target = canvas if photo is None or args.working_size else photo
     if args.mask_invert:
-        edits = [[(text, inverted(mask, canvas, args.soft)) for text, mask in regions] for regions in edits]
+        edits = [[(t, inverted(mask, canvas, args.soft), *own) for t, mask, *own in regions] for regions in edits]
     crop = read_box(args.crop_box, "--crop-box") if args.crop_box else None
     args.crop = args.crop or crop is not None
     if args.crop and target is not photo:
         raise CanvasError("--crop needs the picture as first argument, and no --working-size")
-    if args.crop and not any(mask is not None for regions in edits for _, mask in regions):
+    if args.crop and not any(mask is not None for regions in edits for _, mask, *_ in regions):
         raise MaskError("--crop needs a --mask or --box: the crop is made round it")
     for regions in edits:  # so that the last edit's mask does not fail after an hour of edits
         check_edit(photo if target is photo else None, canvas, regions, args.soft, args.crop)
@@ -169,7 +171,7 @@ def run(args: argparse.Namespace) -> None:
                 say(f"{i}. {told}")
                 if photo.canvas is not canvas:
                     canvas, session = photo.canvas, another_session(session, photo.canvas)
-            masked = all(mask is not None for _, mask in regions)
+            masked = all(mask is not None for _, mask, *_ in regions)
             before, started = canvas.image, time.time()
             out = edit_with_bar(target, i, regions, **changes | {"keep_background": args.keep_background and masked})
             cells.append((canvas.image, canvas.state.instruction, canvas.state.mask))
@@ -212,8 +214,8 @@ def check_edit(photo, canvas, regions: list[tuple], soft: bool, crop: bool) -> N
     """
     from ..canvas.photo import is_small
 
-    masks = [mask for _, mask in regions]
-    canvas.editor.text.tokenize([text for text, _ in regions])
+    masks = [mask for _, mask, *_ in regions]
+    canvas.editor.text.tokenize([text for text, *_ in regions])
     if AUTO in masks:
         return
     given = None if photo is None else photo.read_given(masks, soft)
@@ -233,20 +235,20 @@ def with_places(regions: list[tuple], target, canvas) -> list[tuple]:
     from ..canvas import about, where
 
     placed = []
-    for text, mask in regions:
+    for text, mask, *own in regions:
         if mask == AUTO:
             mask = where.mask(canvas, text)
             what = "all of the picture: no mask" if mask is None else f"{about.share(mask):.0%} of the picture"
             say(f'"{text}" acts on {what}')
             if mask is not None and target is not canvas:
                 mask = target.at_own_size(mask)
-        placed.append((text, mask))
+        placed.append((text, mask, *own))
     return placed
 
 
 def aim(photo, regions: list[tuple], soft: bool, crop: tuple | None) -> str:
     """`Photo.aim` for an edit's masks; an edit of everything is back on the whole picture."""
-    masks = [mask for _, mask in regions]
+    masks = [mask for _, mask, *_ in regions]
     return photo.aim(None if None in masks else masks, soft, box=None if None in masks else crop)
 
 
@@ -264,11 +266,9 @@ def inverted(mask, canvas, soft: bool):
     """A mask's opposite, at the size at which it was given; None stays."""
     from PIL import ImageChops
 
-    from ..canvas import images
-
     if mask is None or mask == AUTO:
         return mask
-    given = images.read_given(mask, canvas.original_size, canvas.image.size, soft, canvas.turned)
+    given = canvas.read_given(mask, soft)
     return ImageChops.invert(given if soft else given.point(lambda v: 255 if v >= 128 else 0))
 
 
@@ -283,7 +283,10 @@ def what_changed(before, canvas) -> str:
 
 
 def read_edits(args: argparse.Namespace, texts: list[str]) -> list[list[tuple]]:
-    """The instructions, --mask N=FILE, --box N=X0,Y0,X1,Y1 and --also -> of each edit its (instruction, mask) pairs."""
+    """The instructions, --mask N=FILE, --box N=X0,Y0,X1,Y1 and --also -> of each edit its (instruction, mask) pairs.
+
+    With --own a third part, see `Canvas.edit`. Raises MaskError, InstructionError, SamplingError.
+    """
     masks, also = {}, {n: [] for n in range(1, len(texts) + 1)}
     examples = {"--mask": "2=mask.png", "--box": "2=10,10,200,200", "--also": '"2=mask.png:make it blue"'}
     for option, values in (("--mask", args.mask), ("--box", args.box), ("--also", args.also)):
@@ -308,7 +311,25 @@ def read_edits(args: argparse.Namespace, texts: list[str]) -> list[list[tuple]]:
             masks[int(number)] = read_box(what, f"{option} {value}") if option == "--box" else what
     if args.keep_background and not masks:
         raise MaskError("--keep-background needs a --mask or --box: without one there is no background")
-    return [[(text, masks.get(n)), *also[n]] for n, text in enumerate(texts, 1)]
+    edits: list[list[tuple]] = [[(text, masks.get(n)), *also[n]] for n, text in enumerate(texts, 1)]
+    for value in args.own:
+        number, _, what = value.partition("=")
+        n, _, r = number.partition(".")
+        if not n.isdecimal() or not r.isdecimal() or "=" not in what:
+            raise InstructionError(f'--own {value}: say whose and what, as in --own "2.1=text_scale=1.2;seed=3"')
+        if not (1 <= int(n) <= len(edits) and 1 <= int(r) <= len(edits[int(n) - 1])):
+            raise InstructionError(f"--own {value}: there is no instruction {r} of an edit {n}")
+        edits[int(n) - 1][int(r) - 1] = (*edits[int(n) - 1][int(r) - 1][:2], read_own(what))
+    return edits
+
+
+def read_own(text: str) -> dict:
+    """NAME=VALUE[;...], of what a region sets for itself. Raises InstructionError, SamplingError."""
+    from ..canvas.regions import own_settings
+
+    pairs = [(name.strip(), value.strip()) for name, _, value in (part.partition("=") for part in text.split(";"))]
+    whole = re.compile(r"[+-]?\d+")
+    return own_settings({n: int(v) if n == "seed" and whole.fullmatch(v) else v for n, v in pairs})
 
 
 def place_and_text(what: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from ..errors import BenchError, CanvasError, EmilieError, ImageError, MaskError
 from .edit import add_settings, claimed, goes_on, gone_without_edits, photo_of, read_box, resolution, settings
 from .options import add_model_options, add_path_options, load_editor, tell_foreign, with_bar, writable
 
-GRID = 40  # rows of a grid at most
+GRID, HEIGHT = 40, 256  # rows of a grid at most; px that a strip's pictures are high
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
@@ -21,8 +21,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--take", type=int, default=1, metavar="I", help="which of them to take, from 1 (default)")
     sub.add_argument("--caption", metavar="TEXT", help="what the object is (default: BLIP-2 says)")
     sub.add_argument("--format", metavar="TEXT", help='how a caption becomes an instruction (default: "add {caption}")')
-    sub.add_argument("--graconet", type=Path, metavar="FILE", help="GracoNet's 11.pth (default: the small model)")
-    sub.add_argument("--blip2", metavar="MODEL", help="a folder, or a name in the hub's cache (default: the small one)")
+    add_network_options(sub)
     told = "the object itself: redraw its paste in this last part of the steps alone, 0 to 1 (0.25 if not given); in "
     told += "the small world 0.1 keeps some of its colour but not the scene's style, 0.5 the other way round"
     sub.add_argument("--keep", type=float, nargs="?", const=0.25, metavar="PART", help=told)
@@ -34,6 +33,11 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     add_path_options(sub)
 
 
+def add_network_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--graconet", type=Path, metavar="FILE", help="GracoNet's 11.pth (default: the small model)")
+    sub.add_argument("--blip2", metavar="MODEL", help="a folder, or a name in the hub's cache (default: the small one)")
+
+
 def run(args: argparse.Namespace) -> None:
     from ..canvas import about, images
     from ..canvas.canvas import open as open_canvas
@@ -43,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     from ..insert import insertion
 
     changes, at = settings(args), read_box(args.at, "--at") if args.at is not None else None
+    if args.proposals < 1:
+        raise CanvasError(f"--proposals {args.proposals}: one at least")
     if args.at is None and not 1 <= args.take <= args.proposals:
         raise CanvasError(f"--take {args.take}: there are proposals 1 to {args.proposals}")
     if args.base.is_dir():
@@ -64,13 +70,14 @@ def run(args: argparse.Namespace) -> None:
     proposer = insertion.load_proposer(editor, args.graconet) if at is None else None
     captioner = insertion.load_captioner(editor, args.blip2) if args.caption is None else None
     planned = insertion.plan(
-        canvas, inset, None, at, args.proposals, args.caption, args.seed, args.format, proposer, captioner
+        photo, inset, None, at, args.proposals, args.caption, args.seed, args.format, proposer, captioner
     )
     take = 0 if at is not None else args.take - 1
     if take >= len(planned.boxes):
         raise MaskError(f"--take {args.take}: only {len(planned.boxes)} proposals are large enough to draw in")
     del captioner  # whose memory the edit may need
-    say(f'the inset shows "{planned.caption}"; proposals {", ".join(map(str, planned.boxes))} (x, y, w, h)')
+    boxes = ", ".join(str(planned.own_box(i)) for i in range(len(planned.boxes)))
+    say(f'the inset shows "{planned.caption}"; proposals {boxes} (x, y, w, h)')
 
     first = len(canvas.states)
     begin = partial(start, canvas)
@@ -78,16 +85,16 @@ def run(args: argparse.Namespace) -> None:
         claimed(folder, args.base.stem, range(first, first + 1), going_on, args.canvas, begin) as (name, session),
         gone_without_edits(None if going_on else session, canvas),
     ):
-        columns = [
-            (planned.outlined(take), "where: GracoNet's proposals" if at is None else "where: as it was said", None),
-            (planned.pasted(take), "the plain paste: GracoNet alone", None),
-        ]
+        pictures = {"proposals": planned.outlined(take), "paste": planned.pasted(take)}
+        told = "where: GracoNet's proposals" if at is None else "where: as it was said"
+        columns = [(planned.outlined(take, HEIGHT), told, None)]
+        columns.append((pictures["paste"], "the plain paste: GracoNet alone", None))
         draw(planned, take, args.keep, changes)
-        columns.append((canvas.image, f"EMILIE: {canvas.state.instruction}", None))
-        stem = f"{name}_{canvas.at}"
-        for image, what in ((columns[0][0], "proposals"), (columns[1][0], "paste")):
+        stem, result = f"{name}_{canvas.at}", photo.image
+        columns.append((result, f"EMILIE: {canvas.state.instruction}", None))
+        for what, image in pictures.items():
             say(f"wrote {images.save(image, folder / f'{stem}_{what}.png')}")
-        path = images.save(photo.image, folder / f"{stem}.png", about.texts(canvas))
+        path = images.save(result, folder / f"{stem}.png", about.texts(canvas))
         canvas.save(session)
         say(f"wrote {path} and {session}")
         strip_name = f"{stem}_strip.png" if going_on else f"{name}_strip.png"
@@ -123,7 +130,7 @@ def over_benchmark(args: argparse.Namespace, changes: dict) -> None:
                 canvas = open_canvas(item.image, editor, args.seed or 0, args.resolution)
                 given = (turn.inset, turn.inset_mask, None, args.proposals, None, args.seed, args.format)
                 planned = insertion.plan(canvas, *given, proposer, captioner)
-                columns = [(planned.outlined(args.take - 1), f"{item.id}: proposals", None)]
+                columns = [(planned.outlined(args.take - 1, HEIGHT), f"{item.id}: proposals", None)]
                 columns.append((planned.pasted(args.take - 1), f"pasted: {planned.caption}", None))
                 draw(planned, args.take - 1, args.keep, changes)
             except EmilieError as error:

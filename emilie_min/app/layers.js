@@ -1,4 +1,4 @@
-// The stack's strip: what a card's eye, cross and slider ask for, and where it is dragged to.
+// The stack's strip: what a card's buttons and slider ask for, and where it is dragged to.
 const layers = {
   strip(element, trigger) {
     let from = null;
@@ -6,7 +6,9 @@ const layers = {
     const ask = (edit, change, value) => trigger('select', {state: edit, change, value: String(value ?? 0)});
     element.addEventListener('click', e => {
       const button = e.target.closest('[data-change]');
-      if (button) ask(card(e).dataset.edit, button.dataset.change);
+      if (!button) return;
+      ask(card(e).dataset.edit, button.dataset.change, button.dataset.value);
+      if (button.dataset.change == 'revise') document.getElementById('go').scrollIntoView({block: 'center'});
     });
     element.addEventListener('change', e => { if (e.target.type == 'range') ask(card(e).dataset.edit, 'strength', e.target.value); });
     element.addEventListener('dragstart', e => {

@@ -101,7 +101,7 @@ def edit_with_bar(canvas, number: int, regions: list[tuple], **settings):
     """`Canvas.edit`, or a `Photo`'s, the number-th of this run, with a bar of its steps."""
     editor = getattr(canvas, "canvas", canvas).editor
     total = settings.get("steps") or editor.config.sampling.steps
-    with_bar(canvas.steps(regions, **settings), total, f"{number}. {' + '.join(text for text, _ in regions)}")
+    with_bar(canvas.steps(regions, **settings), total, f"{number}. {' + '.join(text for text, *_ in regions)}")
     return canvas.image
 
 

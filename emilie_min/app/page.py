@@ -19,9 +19,10 @@ from ..canvas.canvas import check_can_edit
 from ..canvas.settings import GATES
 from ..emilie import Editor
 from ..errors import EmilieError
+from .inserting import PROPOSALS, Networks
 from .layers import change, stack_html
 from .options import small_world
-from .visitor import Told, Visitor, data_url, picture_html, tree_html
+from .visitor import Told, Visitor, data_url, inset_html, picture_html, tree_html
 
 PAGES, WAITING = 256, 20  # visitors that are kept, the latest ones; events that may wait
 SENT = ("text_scale", "image_scale", "steps", "seed", "gate", "negative")  # of an edit's settings
@@ -34,16 +35,22 @@ TOOLS = """<div class="tools">
   <button data-tool="open" title="A picture, or a canvas that was saved">Open ...</button><input type="file" hidden>
   <span>Paint where to edit; without paint, everywhere.</span>
 </div>"""
+INSET = """<div class="tools">
+  <button data-file="select" title="A picture of an object, cut out or not">Inset ...</button>
+  <button data-file="upload" title="Where the object is, white on black, if it is not cut out">Its mask ...</button>
+  <input type="file" hidden><span>Or paint a place for it, and press Propose places.</span>
+</div>"""
 
 
-def build(editor: Editor) -> gr.Blocks:
+def build(editor: Editor, networks: Networks | None = None) -> gr.Blocks:
     """The page, with its `visitors` by their keys. Raises CheckpointError where weights cannot edit."""
     check_can_edit(editor)
+    networks = networks or Networks(editor)
     with gr.Blocks(title="EMILIE studio", analytics_enabled=False) as page:
         page.visitors, page.state_session_capacity = WeakValueDictionary(), PAGES
         on = layout(editor)
-        connect(page, editor, on)
-        endpoints(page, editor, on)
+        connect(page, editor, networks, on)
+        endpoints(page, editor, networks, on)
     return page.queue(max_size=WAITING, api_open=False)
 
 
@@ -72,7 +79,7 @@ def layout(editor: Editor) -> SimpleNamespace:
             with gr.Row():
                 on.go = gr.Button("Edit", variant="primary", scale=3, elem_id="go")
                 on.stop = gr.Button("Stop", scale=1, min_width=60, elem_id="stop")
-            with gr.Row():
+            with gr.Row(elem_id="more"):
                 on.where, on.scales = button("Show where", "where"), button("Try scales", "scales")
                 on.region, on.clear = button("Add region", "region"), button("Drop regions", "forget")
             on.status = gr.HTML(elem_id="status")
@@ -86,6 +93,16 @@ def layout(editor: Editor) -> SimpleNamespace:
             on.image_scale = scale(defaults.image_scale, "How closely to stay with the picture (image scale)", told)
             told = "For something small in a large photo. What is outside the paint stays, to the bit."
             on.crop = gr.Checkbox(label="In a crop round the paint, at full resolution", info=told, elem_id="crop")
+            with gr.Accordion("Insert an object from another picture", open=False, elem_id="insert"):
+                on.inset = gr.HTML(
+                    html_template=INSET + "${value}", js_on_load="studio.inset(element, trigger)", elem_id="inset"
+                )
+                told = "Empty: BLIP-2 says it."
+                on.caption = gr.Textbox(label="Caption: what it is", info=told, max_lines=1, elem_id="caption")
+                with gr.Row():
+                    on.places, on.away = button("Propose places", "places"), button("Put away", "away")
+                told = "1: a new object, by its caption. Less: the inset itself, redrawn so that light and edges fit."
+                on.redrawn = gr.Slider(0.05, 1, 1, step=0.01, label="How much of it is drawn anew", info=told)
             with gr.Accordion("Advanced", open=False, elem_id="advanced"):
                 on.steps = gr.Slider(1, 100, defaults.steps, step=1, label="Steps", info="More is slower and finer.")
                 told = "An instruction whose pull is taken off. Empty: nothing."
@@ -94,6 +111,11 @@ def layout(editor: Editor) -> SimpleNamespace:
                 on.seed = gr.Number(label="Seed", precision=0, info=told)
                 told = "anchor: what is outside stays. guidance: steers inside only. eq8: leaves noise outside."
                 on.gate = gr.Radio(list(GATES), value=GATES[0], label="What the paint does (gate)", info=told)
+                told = (
+                    "Of an edit that is revised: 1 is all of it, less goes on from its steps, and only scales, gate, "
+                )
+                told += "paint and words can change then."
+                on.part = gr.Slider(0, 1, 1, step=0.05, label="Which part of the steps to redo", info=told)
                 on.keep = gr.Checkbox(label="Outside the paint keep every pixel, to the bit", elem_id="keep")
     on.stack = gr.HTML(js_on_load="layers.strip(element, trigger)", elem_id="stack")
     on.tree = gr.HTML(js_on_load="studio.tree(element, trigger)", elem_id="edits")
@@ -101,15 +123,17 @@ def layout(editor: Editor) -> SimpleNamespace:
     return on
 
 
-def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
+def connect(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNamespace) -> None:
     """What happens at a click. The networks do one thing at a time; who waits is told his place."""
-    shown = [on.visitor, on.status, on.picture, on.tree, on.stack, on.undo, on.redo, on.examples]
+    fields = {"text": on.text, "keep_background": on.keep, **{name: getattr(on, name) for name in SENT}}
+    shown = [on.visitor, on.status, on.picture, on.tree, on.stack, on.undo, on.redo, on.examples, on.inset, on.caption]
+    shown += [on.go, *fields.values()]
 
     def doing(do: Callable[..., str | Iterator[Told]]) -> Callable:
         """A handler: do one thing at a time with a visitor's canvas; show how it goes, and what it is then."""
 
         def handler(visitor: Visitor | None, *inputs) -> Iterator[list]:
-            visitor = visitor or Visitor(editor)
+            visitor = visitor or Visitor(editor, networks)
             page.visitors[visitor.key] = visitor
             if not visitor.busy.acquire(blocking=False):
                 yield told(visitor, "an edit is under way: wait for it, or press Stop", refused=True)
@@ -140,28 +164,47 @@ def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
         return [visitor, line, *[gr.skip()] * (len(shown) - 2)]
 
     def show(visitor: Visitor, note: str) -> list:
-        canvas = visitor.canvas
+        canvas, k, caption = visitor.canvas, visitor.revised, visitor.inserting.told
+        (filled, visitor.filled), visitor.inserting.told = (visitor.filled or {}, None), None
         return [
             f"<p>{escape(note)}</p>",
             picture_html(visitor),
             tree_html(canvas),
-            stack_html(canvas),
+            stack_html(visitor),
             gr.update(interactive=canvas is not None and canvas.at > 0),
             gr.update(interactive=canvas is not None and bool(canvas.redo_stack)),
             gr.Dataset(samples=[[text] for text in visitor.suggestions()]),
+            inset_html(visitor),
+            gr.skip() if caption is None else caption,
+            gr.update(value="Edit" if k is None else f"Revise edit {k}"),
+            *(filled.get(name) if filled else gr.skip() for name in fields),
         ]
 
     def edit(visitor: Visitor, text: str | None, paint: str | None, keep: bool, crop: bool, *settings) -> Iterator:
-        return visitor.edit(text or "", paint or "", crop, keep_background=keep, **dict(zip(SENT, settings)))
+        given = dict(zip((*SENT, "part"), settings))
+        return visitor.edit(text or "", paint or "", crop, keep_background=keep, **given)
 
     def try_scales(visitor: Visitor, text: str | None, paint: str | None, keep: bool, _, *settings) -> Iterator:
         return visitor.try_scales(text or "", paint or "", keep_background=keep, **dict(zip(SENT, settings)))
 
-    def edited(visitor: Visitor | None, event: gr.EventData, *inputs) -> Iterator[list]:
+    def region(visitor: Visitor, text: str | None, paint: str | None, _keep, _crop, *settings) -> str:
+        return visitor.add_region(text or "", paint or "", **dict(zip(SENT, settings)))
+
+    def unless_stopped(do: Callable, visitor: Visitor | None, event: gr.EventData, *inputs) -> Iterator[list]:
         if visitor and (event._data or {}).get("asked", math.inf) < visitor.stopped_at:
             yield told(visitor, "stopped before it began: the picture is as it was", refused=True)
         else:
-            yield from doing(edit)(visitor, *inputs)
+            yield from doing(do)(visitor, *inputs)
+
+    def edited(visitor: Visitor | None, event: gr.EventData, *inputs) -> Iterator[list]:
+        yield from unless_stopped(edit, visitor, event, *inputs)
+
+    def inserted(visitor: Visitor | None, event: gr.EventData, *inputs) -> Iterator[list]:
+        def insert(visitor: Visitor, caption: str | None, redrawn: float, keep: bool, *settings) -> Iterator:
+            place, more = int(event._data["state"]), dict(zip(SENT, settings))
+            return visitor.insert(place, caption or "", redrawn, keep_background=keep, **more)
+
+        yield from unless_stopped(insert, visitor, event, *inputs)
 
     def went(visitor: Visitor | None, event: gr.EventData) -> Iterator[list]:
         yield from doing(lambda visitor: visitor.branch(int(event._data["state"])))(visitor)
@@ -174,7 +217,7 @@ def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
     quick = common | dict(concurrency_limit=None, show_progress="hidden")
     slow = common | dict(concurrency_id="networks", concurrency_limit=1, show_progress_on=on.picture)
     page.load(new_scene if small_world(editor) else doing(lambda visitor: ""), **slow)
-    inputs = [on.visitor, on.text, on.paint, on.keep, on.crop, *(getattr(on, name) for name in SENT)]
+    inputs = [on.visitor, on.text, on.paint, on.keep, on.crop, *(getattr(on, name) for name in SENT), on.part]
     asked = slow | dict(inputs=inputs, js="(...inputs) => studio.inputs(...inputs)")
     gr.on([on.go.click, on.text.submit], edited, **asked)
     on.scene.click(new_scene, **slow)
@@ -187,12 +230,20 @@ def connect(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
     on.examples.click(lambda sample: sample[0], **quick | dict(inputs=on.examples, outputs=on.text))
     on.scales.click(doing(try_scales), **asked)
     on.where.click(doing(lambda visitor, text: visitor.where(text or "")), **slow | dict(inputs=[on.visitor, on.text]))
-    region = doing(lambda visitor, text, paint: visitor.add_region(text or "", paint or ""))
-    on.region.click(region, **quick | dict(inputs=inputs[:3], js="(...inputs) => studio.inputs(...inputs)"))
+    on.region.click(doing(region), **quick | dict(inputs=inputs, js="(...inputs) => studio.inputs(...inputs)"))
     on.clear.click(doing(Visitor.clear_regions), **quick)
+    captioned = slow | dict(inputs=[on.visitor, on.caption])
+    on.inset.select(doing(lambda visitor, caption: visitor.drop_uploaded(caption or "")), **captioned)
+    on.inset.upload(doing(lambda visitor, caption: visitor.mask_uploaded(caption or "")), **captioned)
+    propose = doing(lambda visitor, caption, paint: visitor.propose(caption or "", paint or ""))
+    asked = slow | dict(inputs=[on.visitor, on.caption, on.paint], js="(...inputs) => studio.inputs(...inputs)")
+    on.places.click(propose, **asked)
+    on.away.click(doing(Visitor.clear_inset), **quick)
+    inputs = [on.visitor, on.caption, on.redrawn, on.keep, *(getattr(on, name) for name in SENT)]
+    on.picture.click(inserted, **slow | dict(inputs=inputs))
 
 
-def endpoints(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
+def endpoints(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNamespace) -> None:
     """What a script can ask for by name, see README.md beside this; pictures and masks are texts, PNGs as data URLs."""
     status, picture = gr.Textbox(visible=False, label="status"), gr.Textbox(visible=False, label="picture")
 
@@ -204,7 +255,7 @@ def endpoints(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
 
     def endpoint(name: str, do: Callable, inputs: list, about: str, shown: Callable = Visitor.shown) -> None:
         def handler(visitor: Visitor | None, *given) -> tuple:
-            visitor = visitor or Visitor(editor)
+            visitor = visitor or Visitor(editor, networks)
             page.visitors[visitor.key] = visitor
             if not visitor.busy.acquire(blocking=False):
                 raise gr.Error("an edit is under way: wait for it", print_exception=False)
@@ -217,7 +268,7 @@ def endpoints(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
             finally:
                 visitor.busy.release()
 
-        kind, needed = Parameter.POSITIONAL_OR_KEYWORD, ("picture", "instruction", "state")
+        kind, needed = Parameter.POSITIONAL_OR_KEYWORD, ("instruction", "state")
         given = [
             Parameter(c.label, kind, default=Parameter.empty if c.label in needed else c.value) for c in inputs
         ]  # by which names a script gives them
@@ -241,12 +292,25 @@ def endpoints(page: gr.Blocks, editor: Editor, on: SimpleNamespace) -> None:
     def edit(visitor: Visitor, instruction: str, mask: str | None, keep: bool, crop: bool, *given) -> Iterator[Told]:
         return visitor.edit(instruction or "", mask or "", crop, keep_background=keep, **dict(zip(SENT, given)))
 
+    def insert(visitor: Visitor, take: int, caption: str | None, redrawn: float, keep: bool, *given) -> Iterator[Told]:
+        return visitor.insert(int(take) - 1, caption or "", redrawn, keep_background=keep, **dict(zip(SENT, given)))
+
     number = gr.Number(0, visible=False, label="state", precision=0)
-    endpoint("open", Visitor.open_url, [text("picture")], "Begin with a picture.")
+    what = "Begin with a picture; without one, with the file that was posted, which may be a saved canvas."
+    endpoint("open", Visitor.open_url, [gr.Textbox("", visible=False, label="picture")], what)
+    what = "In the place of the picture this client's key: POST /open/KEY?name=NAME takes a file, see README.md."
+    endpoint("key", lambda visitor: "Files come and go with this key", [], what, lambda visitor: visitor.key)
     what = "Follow an instruction, everywhere or where the mask, of the working picture's size, is opaque."
     endpoint("edit", edit, [text("instruction"), gr.Textbox("", visible=False, label="mask"), *settings], what)
     what = "Where an instruction would act: the mask stands in the place of the picture, none for everywhere."
     endpoint("where", lambda visitor, text: visitor.where(text or ""), [text("instruction")], what, found)
+    texts = [gr.Textbox("", visible=False, label=name) for name in ("inset", "inset_mask", "caption", "place")]
+    numbers = [gr.Number(n, visible=False, label=x, precision=0) for n, x in ((PROPOSALS, "proposals"), (None, "seed"))]
+    what = "Where an inset, or the file that was posted, could go: outlined in the picture. place: a mask, to say so."
+    endpoint("propose", Visitor.propose_url, [*texts, *numbers], what, Visitor.outlined)
+    given = [gr.Number(1, visible=False, label="take", precision=0), gr.Textbox("", visible=False, label="caption")]
+    given += [gr.Slider(0, 1, 1, visible=False, label="redrawn"), settings[0], *settings[2:]]
+    endpoint("insert", insert, given, "Draw the inset in one of the places that were proposed, by its number from 1.")
     endpoint("undo", Visitor.undo, [], "Back to the picture before the last edit.")
     endpoint("redo", Visitor.redo, [], "Take back the last undo.")
     endpoint("go", lambda visitor, state: visitor.branch(int(state)), [number], "Go to a state by its number.")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import CanvasError, EmilieError, printable, say
-from .edit import add_settings, read_box, settings
+from .edit import add_settings, photo_of, read_box, settings
 from .options import add_model_options, add_path_options, load_editor, writable
 
 CHANGES = {  # what each takes after the session's file, and what it does
@@ -28,6 +28,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--everywhere", action="store_true", help="of `revise` and `scrub`: without the mask it had")
     add_settings(sub)
     sub.add_argument("--replay", action="store_true", help="make all later edits anew in full, not only where needed")
+    sub.add_argument("--picture", metavar="IMAGE", help="what the session began with: the result at its own size")
     sub.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the picture")
     add_model_options(sub)
     add_path_options(sub)
@@ -44,8 +45,10 @@ def run(args: argparse.Namespace) -> None:
     values, revised = numbers(name, rest), revision(args, name, rest)
     if not args.session.is_file() or not is_session(args.session):
         raise CanvasError(f"{printable(args.session)} is no session: `emilie edit --canvas` writes one")
+    original = images.read_image(args.picture) if args.picture else None
     folder = writable(args.out) if name else None
     canvas = open_canvas(args.session, load_editor(args))
+    shown = canvas if original is None else photo_of(original, canvas, args.session, args.picture)
     if name is None:
         say(told(canvas))
         return
@@ -57,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     calls = f"; {canvas.state.made['calls']} network calls" if name != "undo" else ""
     path = folder / f"{args.session.name.removesuffix('.canvas').removesuffix('.safetensors')}_{canvas.at}.png"
     if name != "undo" or not path.exists():
-        images.save(canvas.image, path, about.texts(canvas))
+        images.save(shown.image, path, about.texts(canvas))
     say(f"{told(canvas)}\nwrote {path} and {args.session}{calls}")
 
 

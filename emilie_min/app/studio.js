@@ -44,23 +44,17 @@ const studio = {
       else size = e.target.value;
     });
 
-    // A file goes to the session by its key; what became of it the server tells.
-    const input = () => element.querySelector('input[type=file]');
-    const send = async file => {
-      if (!file) return;
-      const key = element.querySelector('[data-key]').dataset.key;
-      await fetch(`open/${key}?name=${encodeURIComponent(file.name)}`, {method: 'POST', body: file}).catch(() => null);
-      trigger('select');
-    };
-    element.addEventListener('change', e => { if (e.target == input()) { send(e.target.files[0]); e.target.value = ''; } });
+    const choose = studio.files(element, trigger);
     element.addEventListener('click', e => {
-      const tool = e.target.dataset.tool;
-      if (tool == 'open' || e.target.className == 'empty') input().click();
+      const tool = e.target.dataset.tool, place = e.target.closest('[data-place]');
+      if (place) trigger('click', {state: place.dataset.place});
+      else if (tool == 'open' || e.target.className == 'empty') choose('select');
       else if (tool == 'clear') clear();
-      else if (tool) element.dataset.using = tool;
+      else if (tool) {
+        element.dataset.using = tool;
+        element.querySelector('.places')?.remove();  // which would be in the way
+      }
     });
-    element.addEventListener('dragover', e => e.preventDefault());
-    element.addEventListener('drop', e => { e.preventDefault(); send(e.dataTransfer.files[0]); });
 
     new MutationObserver(() => {  // a new picture: no paint on it but the mask of an edit that was undone
       const {made: now, paint} = element.querySelector('.board')?.dataset || {};
@@ -72,6 +66,31 @@ const studio = {
       mask.onload = () => { canvas().getContext('2d').drawImage(mask, 0, 0); canvas().dataset.touched = 1; };
       mask.src = paint;
     }).observe(element, {subtree: true, childList: true, attributeFilter: ['data-made']});
+  },
+
+  // A file that is chosen or dropped goes to the session by its key; what became of it the server tells.
+  files(element, trigger) {
+    const input = () => element.querySelector('input[type=file]');
+    let event = 'select';
+    const send = async (file, event) => {
+      if (!file) return;
+      const key = document.querySelector('[data-key]').dataset.key;
+      await fetch(`open/${key}?name=${encodeURIComponent(file.name)}`, {method: 'POST', body: file}).catch(() => null);
+      trigger(event);
+    };
+    element.addEventListener('change', e => { if (e.target == input()) { send(e.target.files[0], event); e.target.value = ''; } });
+    element.addEventListener('dragover', e => e.preventDefault());
+    element.addEventListener('drop', e => { e.preventDefault(); send(e.dataTransfer.files[0], 'select'); });
+    return what => { event = what; input().click(); };
+  },
+
+  // The inset's element: two files, the inset ('select') and its mask ('upload').
+  inset(element, trigger) {
+    const choose = studio.files(element, trigger);
+    element.addEventListener('click', e => {
+      if (e.target.dataset.file) choose(e.target.dataset.file);
+      else if (e.target.className == 'none') choose('select');
+    });
   },
 
   // The tree's element: a click on a state goes there; the current one is kept in view.

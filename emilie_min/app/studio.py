@@ -18,17 +18,18 @@ from pathlib import Path
 
 from ..emilie import Editor
 from ..errors import EmilieError
+from .inserting import Networks
 
 NARROW = (
     "@media (max-width: 760px) { .gradio-container > .main { padding: 12px !important; } }"  # outside of css's reach
 )
 
 
-def serve(editor: Editor, local: bool = True, password: str = "", link: str = ""):
+def serve(editor: Editor, local: bool = True, password: str = "", link: str = "", networks: Networks | None = None):
     """The page, and the uvicorn.Server for it: `run(sockets=[listen(...)])`, until its `should_exit`.
 
-    local: for this computer only; password: USER:PASSWORD; link: opens the page, once, with ?token= that text. Raises
-    CheckpointError where weights cannot edit.
+    local: for this computer only; password: USER:PASSWORD; link: opens the page, once, with ?token= that text;
+    networks: of insertion, None = the small ones. Raises CheckpointError where weights cannot edit.
     """
     folder = tempfile.TemporaryDirectory(prefix="emilie-studio-")  # gradio's, empty; goes with the page
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder.name}
@@ -39,7 +40,7 @@ def serve(editor: Editor, local: bool = True, password: str = "", link: str = ""
     from . import door
     from .page import build
 
-    here, parts, page = Path(__file__), ("studio", "layers"), build(editor)
+    here, parts, page = Path(__file__), ("studio", "layers"), build(editor, networks)
     page.folder = folder
     looks = gr.themes.Base(primary_hue="pink", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     app = gr.mount_gradio_app(  # and not launch(), which may want a proxy or a share link to find its own page
@@ -73,14 +74,19 @@ def listen(host: str = "127.0.0.1", port: int = 7860, password: str | None = Non
 
 
 def studio(
-    editor: Editor, host: str = "127.0.0.1", port: int = 7860, open_browser: bool = False, password: str | None = None
+    editor: Editor,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    open_browser: bool = False,
+    password: str | None = None,
+    networks: Networks | None = None,
 ) -> None:
     """Serve the page until interrupted; password: USER:PASSWORD. Raises EmilieError, see `listen` and `serve`."""
     listener = listen(host, port, password)
     url = f"http://{host}:{listener.getsockname()[1]}/"
     local = host in ("127.0.0.1", "localhost")
     link = "" if local or password else secrets.token_urlsafe()
-    _, server = serve(editor, local, password or "", link)
+    _, server = serve(editor, local, password or "", link, networks)
     if not local:
         who = (
             "whoever has the password"

@@ -10,24 +10,28 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from html import escape
 from pathlib import Path
 
 from PIL import Image
 
-from ..canvas import about, images, where
+from ..canvas import about, images, stack, where
 from ..canvas.canvas import Canvas
 from ..canvas.canvas import open as open_canvas
 from ..canvas.photo import Photo, changed, is_small, open_photo
 from ..canvas.preview import fit, look
+from ..canvas.regions import own_settings
 from ..canvas.session import is_session
+from ..canvas.settings import OWN
 from ..canvas.strip import OUTLINE, enlarge, strip
 from ..emilie import Editor
 from ..errors import CanvasError, EmilieError, ImageError, InstructionError, MaskError, printable
 from ..sampling import Step
 from ..toy import judge, world
 from .edit import LITTLE
+from .inserting import PROPOSALS, Inserting, Networks
 from .looks import TIMES
 from .options import small_world
 
@@ -40,15 +44,21 @@ Told = tuple[str, float, Image.Image | None]  # what is done, how much of the wh
 
 
 class Visitor:
-    """One visitor's canvas. What is done is told in a line; what cannot be is an EmilieError and changes nothing."""
+    """One visitor's canvas. What is done is told in a line; what cannot be is an EmilieError and changes nothing.
 
-    def __init__(self, editor: Editor):
+    networks: of insertion, None = the small ones, of a small editor.
+    """
+
+    def __init__(self, editor: Editor, networks: Networks | None = None):
+        self.inserting = Inserting(networks or Networks(editor))
         self.editor, self.key = editor, secrets.token_urlsafe()  # the key: without it nobody sends or fetches a file
         self.photo: Photo | None = None
         self.session: Canvas | None = None  # one that was saved, whose photo is not here
         self.name = ""  # of the files to save
         self.paint: Image.Image | None = None  # a mask to put on the board: of an edit that was undone, or found
-        self.regions: list[tuple[str, Image.Image]] = []  # what the next edit does too, each with its mask
+        self.regions: list[tuple] = []  # what the next edit does too: text, mask, settings of its own
+        self.revised: int | None = None  # the edit of the stack that the next press of Edit makes anew
+        self.filled: dict | None = None  # what to put on the page: an edit's text and settings
         self.uploaded: tuple[str, tempfile.TemporaryDirectory | None] = ("", None)  # a file's name, and its folder
         self.busy, self.stopped, self.stopped_at = threading.Lock(), False, 0.0
         self.seen = ""  # what an edit looks like so far, as a data URL
@@ -57,42 +67,54 @@ class Visitor:
     def canvas(self) -> Canvas | None:
         return self.session if self.photo is None else self.photo.canvas
 
-    def open_uploaded(self) -> str:
-        """Go on with the file that was uploaded, which is removed."""
+    @contextmanager
+    def arrived(self) -> Iterator[tuple[str, str]]:
+        """Path and name of the file that was uploaded, which is removed afterwards."""
         (name, folder), self.uploaded = self.uploaded, ("", None)
         if folder is None:
             raise ImageError(f"{printable(name, 100) or 'the file'} did not arrive: is it larger than 256 MB?")
         with folder as place:
             (path,) = Path(place).iterdir()
-            return self.open(str(path), name)
+            yield str(path), printable(os.path.basename(name or str(path)), 100)
+
+    def open_uploaded(self) -> str:
+        """Go on with the file that was uploaded."""
+        with self.arrived() as (path, name):
+            return self.open(path, name)
 
     def open(self, path: str, name: str = "") -> str:
         """Go on with a picture, or with a canvas that was saved (.canvas); name: what the visitor calls it."""
         name = printable(os.path.basename(name or path), 100)
-        try:
-            with warnings.catch_warnings(record=True) as notes:
-                warnings.simplefilter("always", UserWarning)
-                if is_session(path):
-                    photo, session = None, open_canvas(path, self.editor)
-                else:
-                    photo, session = open_photo(images.read_image(path), self.editor), None
-        except EmilieError as error:
-            raise type(error)(str(error).replace(path, name)) from error
+        with called(name, path) as notes:
+            if is_session(path):
+                photo, session = None, open_canvas(path, self.editor)
+            else:
+                photo, session = self.read_photo(path), None
+        if photo is not None and photo.canvas is self.session:
+            self.photo, self.session = photo, None
+            return f"{name} is this canvas's photo: it goes on at the photo's own size"
         stem = name.removesuffix(".safetensors").removesuffix(".canvas")
         self.begin(photo, session, stem if stem != name else Path(name).stem)
-        told = [f"{name} is open", *(str(note.message).replace(path, name) for note in notes)]
+        told = [f"{name} is open", *notes]
+        if session is not None and session.original_size != session.state.image.size:
+            told.append("For the photo's own size open its photo, too")
         if small_world(self.editor) and not judge.is_scene(self.opened().states[0].image):
             told.append("It is no scene of the small model's world, and it knows nothing else: `emilie download`")
         return ". ".join(told)
 
+    def read_photo(self, path: str) -> Photo:
+        """A picture's `Photo`: of the canvas that is open without one where it is that canvas's, else of a new one."""
+        photo = images.read_image(path)
+        if self.session is not None:
+            with suppress(CanvasError):
+                return Photo(photo, self.session)
+        return open_photo(photo, self.editor)
+
     def open_url(self, url: str | None) -> str:
-        """`open`, of a picture as a data URL."""
-        try:
-            data = base64.b64decode((url or "").partition(",")[2], validate=True)
-        except ValueError:
-            data = b""
-        if not data:
-            raise ImageError("a picture is sent as a data URL: data:image/png;base64,...")
+        """`open`, of a picture as a data URL; "" = `open_uploaded`."""
+        if not url:
+            return self.open_uploaded()
+        data = sent(url)
         with tempfile.TemporaryDirectory(prefix="emilie-") as folder:
             path = Path(folder) / "upload"
             path.write_bytes(data)
@@ -112,38 +134,47 @@ class Visitor:
         return images.view(self.photo.image, canvas.state.image.size, canvas.native, canvas.part)
 
     def begin(self, photo: Photo | None, session: Canvas | None, name: str) -> None:
-        self.photo, self.session, self.name, self.paint, self.regions = photo, session, name, None, []
+        self.photo, self.session, self.name = photo, session, name
+        self.put_down()
+
+    def put_down(self) -> None:
+        """Nothing is painted, waits or is to be revised."""
+        self.paint, self.regions, self.revised = None, [], None
 
     def new_scene(self, seed: int) -> str:
         self.begin(open_photo(world.render(world.scene(seed)), self.editor), None, f"scene{seed}")
         return f"Scene {seed} of the small world"
 
-    def edit(self, text: str, paint: str = "", crop: bool = False, **settings) -> Iterator[Told]:
+    def edit(self, text: str, paint: str = "", crop: bool = False, part: float = 1, **settings) -> Iterator[Told]:
         """Follow an instruction, everywhere or where there is paint, see `read_paint`, and the `regions` in one pass.
 
         crop: in a crop round the paint, at the photo's full resolution; settings: of `Canvas.edit`. Yields what is
-        done; between two steps `stopped` is looked at.
+        done; between two steps `stopped` is looked at. With an edit to revise that one is made anew, see `revise`.
         """
         self.stopped, self.seen, started, photo = False, "", time.time(), self.photo
         mask = self.asked(text, paint)
         regions = [(text, mask), *self.regions]
-        masks = [given for _, given in regions]
+        masks = [given for _, given, *_ in regions]
         settings["keep_background"] = settings.get("keep_background", False) and None not in masks
         settings["negative"] = settings.get("negative") or None
-        kept = None if photo is None else (photo.photo, photo.canvas, photo.given, list(photo.earlier))
+        if self.revised is not None:
+            yield from self.revise(self.revised, regions, part, settings)
+            return
+        kept = None if photo is None else (photo.photo, photo.canvas, list(photo.earlier))
         aimed = ""
         try:
             if photo is not None:
-                regions = [(text, given and photo.at_own_size(given)) for text, given in regions]
-                masks = [given for _, given in regions]
+                regions = [(text, given and photo.at_own_size(given), *own) for text, given, *own in regions]
+                masks = [given for _, given, *_ in regions]
                 aimed = photo.aim(masks if crop and None not in masks else None)
             before = self.opened().image
             yield from self.steps((photo or self.opened()).steps(regions, **settings), text, settings.get("steps"))
         except BaseException:  # also where the page is left in the middle
             if kept is not None:
-                photo.photo, photo.canvas, photo.given, photo.earlier = kept
+                photo.photo, photo.canvas, photo.earlier = kept
             raise
-        canvas, self.paint, self.regions = self.opened(), None, []
+        self.put_down()
+        canvas = self.opened()
         share = changed(before, canvas.image, canvas.state.mask)
         place = "everywhere" if canvas.state.mask is None else "where you painted"
         told = f"Edit {canvas.at}: {canvas.state.instruction}, {place}; {time.time() - started:.1f} s"
@@ -154,6 +185,39 @@ class Visitor:
             small = is_small(masks[0].getbbox(), photo.photo.size, canvas.state.image.size)
             told += "; the paint is small in this photo, a crop would do better" * small
         yield told, 1, None
+
+    def take_up(self, k: int) -> str:
+        """Put an edit of the stack on the page, to be revised; once more: put it down."""
+        edits, again = self.opened().stack, self.revised == k
+        state = edits[stack.place(k, len(edits))]
+        self.put_down()
+        if again:
+            return f"Edit {k} stays as it was"
+        own = [{name: own[name] for name in own} for own in state.settings.get("own", [])]
+        first, *rest = state.regions or [(state.instruction, state.mask)]
+        self.revised, self.paint = k, first[1]
+        self.regions = [(*region, one) for region, one in itertools.zip_longest(rest, own[1:], fillvalue={})]
+        self.filled = {"text": first[0], **state.settings, **(own[0] if own else {})}
+        return f"Edit {k} is on the board: change what it says, where, or its settings, and press Revise"
+
+    def revise(self, k: int, regions: list[tuple], part: float, settings: dict) -> Iterator[Told]:
+        """Make edit k of the stack anew, in the last part of its steps; the later ones stay."""
+        canvas = self.opened()
+        state = canvas.stack[k - 1]
+        changes = {n: v for n, v in settings.items() if v is not None and v != state.settings.get(n)}
+        if settings["negative"] is None and state.settings.get("negative"):
+            changes["negative"] = None
+        old = [(text, mask) for text, mask in state.regions or [(state.instruction, state.mask)]]
+        same = [(t, m and m.tobytes()) for t, m, *_ in regions] == [(t, m and m.tobytes()) for t, m in old]
+        if not same or any(own and own[0] for _, _, *own in regions):
+            own_size = (lambda mask: mask) if self.photo is None else self.photo.at_own_size
+            changes["instruction"] = [(text, mask and own_size(mask), *own) for text, mask, *own in regions]
+        if not changes:
+            raise CanvasError(f"edit {k} is as it was: change what it says, the paint or the settings")
+        way = ("revise", k) if part >= 1 else ("scrub", k, part)
+        yield from self.steps(stack.change(canvas, *way, **changes), f"edit {k}", settings.get("steps"))
+        self.put_down()
+        yield f"Edit {k} is made anew, and the later ones where it mattered: {calls(canvas)}", 1, None
 
     def asked(self, text: str, paint: str) -> Image.Image | None:
         """The paint's mask at working size, once instruction and paint can be used."""
@@ -172,16 +236,86 @@ class Visitor:
                 looked, seen = now, look(step.denoised, by)
             yield f"Step {step.i} of {number}: {text}", step.i / number, seen
 
-    def add_region(self, text: str, paint: str = "") -> str:
-        """Keep an instruction and where it is for, until the next edit does all of them in one pass."""
+    def drop_uploaded(self, caption: str = "") -> str:
+        """Take the file that was uploaded as an inset, and find places for it."""
+        with self.arrived() as (path, name), called(name, path) as notes:
+            caption = self.inserting.take(path, caption)
+        return self.first_places(caption, [f"{name} is the inset", *notes])
+
+    def mask_uploaded(self, caption: str = "") -> str:
+        """Take the file that was uploaded as the inset's mask, and find places anew."""
+        with self.arrived() as (path, name), called(name, path) as notes:
+            self.inserting.mask(path)
+        return self.first_places(caption, [f"{name} is the inset's mask", *notes])
+
+    def first_places(self, caption: str, told: list[str]) -> str:
+        """What is told of an inset that is here, also where no place can be found for it yet."""
+        try:
+            return ". ".join([*told, self.propose(caption)])
+        except EmilieError as error:
+            return ". ".join([*told, str(error)])
+
+    def propose(self, caption: str = "", paint: str = "", n: int = PROPOSALS, seed: int | None = None) -> str:
+        """Find places for the inset, other ones where there are some, or take the painted one."""
+        at = self.asked(caption, paint)
+        with called() as notes:
+            told = self.inserting.propose(self.photo or self.opened(), caption, at, n, seed)
+        return ". ".join([told, *notes])
+
+    def propose_url(
+        self, inset: str | None, mask: str | None, caption: str | None, place: str | None, n: int, seed: int | None
+    ) -> str:
+        """`propose`, of an inset and its mask as data URLs; inset: "" = the file that was uploaded."""
+        self.opened()
+        with self.arrived() if not inset else nullcontext(("", "")) as (path, name), called(name, path) as notes:
+            self.inserting.take(sent(inset) if inset else path)
+            if mask:
+                self.inserting.mask(sent(mask))
+        return ". ".join([self.propose(caption or "", place or "", n, seed), *notes])
+
+    def outlined(self) -> str:
+        """The picture with the places that are proposed, see `Plan.outlined`, as a data URL."""
+        plan = self.inserting.places(self.opened().state)
+        return self.shown() if plan is None else data_url(plan.outlined())
+
+    def insert(self, take: int, caption: str = "", redrawn: float = 1.0, **settings) -> Iterator[Told]:
+        """Draw the inset in a place, by its number from 0; redrawn: below 1 see `Plan.keep_steps`. Like `edit`."""
+        self.stopped, self.seen, started = False, "", time.time()
+        self.asked(caption, "")
+        plan = self.inserting.ready(self.opened().state, caption)
+        plan.check(take)
+        settings["negative"], number = settings.get("negative") or None, settings.get("steps")
+        if redrawn < 1:
+            steps = plan.keep_steps(take, redrawn, **settings)
+            number = max(1, round(redrawn * (number or self.editor.config.sampling.steps)))
+        else:
+            steps = plan.steps(take, **settings)
+        yield from self.steps(steps, plan.instruction(take), number)
+        self.gone()
+        canvas = self.opened()
+        told = f"Edit {canvas.at}: {canvas.state.instruction}, in place {take + 1}; {time.time() - started:.1f} s"
+        yield told, 1, None
+
+    def clear_inset(self) -> str:
+        self.inserting.clear()
+        return "No inset"
+
+    def add_region(self, text: str, paint: str = "", **own) -> str:
+        """Keep an instruction and where it is for, until the next edit does all of them in one pass.
+
+        own: of the settings that are now those that a region can have for itself.
+        """
         mask = self.asked(text, paint)
         if not text.strip() or mask is None:
             raise MaskError("a region needs both: say what to change, and paint where")
         if len(self.regions) >= REGIONS:
             raise MaskError(f"{REGIONS} regions are waiting already: press Edit")
         self.editor.text.tokenize([text])
-        self.regions.append((text, mask))
-        return f"{len(self.regions)} waiting: {' + '.join(text for text, _ in self.regions)}. Paint and say the next"
+        self.regions.append(
+            (text, mask, own_settings({name: v for name, v in own.items() if v not in (None, "") and name in OWN}))
+        )
+        texts = " + ".join(text for text, *_ in self.regions)
+        return f"{len(self.regions)} waiting, with the settings of now: {texts}. Paint and say the next"
 
     def clear_regions(self) -> str:
         self.regions = []
@@ -228,7 +362,8 @@ class Visitor:
             raise CanvasError("stopped: the picture is as it was")
 
     def undo(self) -> str:
-        mask = self.opened().state.mask
+        state = self.opened().state
+        mask = None if state.inserted else state.mask  # of an insertion its places are shown again
         (self.photo or self.opened()).undo()
         return self.gone(mask if mask is None or mask.size == self.opened().state.image.size else None)
 
@@ -241,7 +376,8 @@ class Visitor:
         return self.gone()
 
     def gone(self, paint: Image.Image | None = None) -> str:
-        self.paint = paint
+        self.regions = [] if self.revised else self.regions
+        self.paint, self.revised = paint, None
         return f"At {self.canvas.at}, {self.canvas.state.instruction or 'the start'}: the next edit begins here"
 
     def opened(self) -> Canvas:
@@ -278,6 +414,30 @@ class Visitor:
         return f"{self.name}_{canvas.at}_strip.png", png(strip(cells))
 
 
+@contextmanager
+def called(name: str = "", path: str = "") -> Iterator[list[str]]:
+    """A list that in the end has what was told; there and in errors a file is called by its name, not by its path."""
+    told: list[str] = []
+    try:
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always", UserWarning)
+            yield told
+    except EmilieError as error:
+        raise type(error)(str(error).replace(path, name) if path else str(error)) from error
+    told += dict.fromkeys(str(note.message).replace(path, name) if path else str(note.message) for note in notes)
+
+
+def sent(url: str | None) -> bytes:
+    """The file in a data URL. Raises ImageError."""
+    try:
+        data = base64.b64decode((url or "").partition(",")[2], validate=True)
+    except ValueError:
+        data = b""
+    if not data:
+        raise ImageError("a picture is sent as a data URL: data:image/png;base64,...")
+    return data
+
+
 def read_paint(url: str, size: tuple[int, int]) -> Image.Image | None:
     """What the page sends as a mask: a PNG as data URL, opaque where to edit; "" = no mask, None. Raises MaskError."""
     if not url:
@@ -294,6 +454,12 @@ def read_paint(url: str, size: tuple[int, int]) -> Image.Image | None:
     if not mask.getbbox():
         raise MaskError("nothing is painted: paint where to edit, or press Clear to edit everywhere")
     return mask
+
+
+def calls(canvas: Canvas) -> str:
+    """How many a change of the stack took."""
+    n = canvas.state.made["calls"]
+    return f"{n} network calls" if n else "no network call was needed"
 
 
 def png(image: Image.Image, texts: Mapping[str, str] | None = None) -> bytes:
@@ -317,8 +483,8 @@ def picture_html(visitor: Visitor) -> str:
         paint = data_url(mask)
     width, height = shape(visitor)
     times, before = max(1, SHOWN // max(image.size)), ""
-    if visitor.canvas.state.parent is not None:
-        parent = visitor.canvas.states[visitor.canvas.state.parent].image
+    if (at := visitor.canvas.before()) is not None:
+        parent = visitor.canvas.states[at].image
         before = f'<img class="before" src="{data_url(parent)}" draggable="false" alt="the picture before">'
     pixels = "pixels" if times > 1 else ""
     links = "".join(f'<a id="save-{x}" href="save/{visitor.key}/{x}" download>Save {x}</a>' for x in SAVES)
@@ -330,9 +496,34 @@ def picture_html(visitor: Visitor) -> str:
         f'<div class="board {pixels}" style="width:{times * image.width}px;aspect-ratio:{width}/{height}" '
         f'data-made="{time.time_ns()}" data-paint="{paint}">'
         f'<img class="now" src="{data_url(image)}" draggable="false" alt="the picture">{before}'
-        f'<canvas width="{image.width}" height="{image.height}"></canvas></div>'
+        f'<canvas width="{image.width}" height="{image.height}"></canvas>{places_html(visitor)}</div>'
         f'{compare if before else ""}<div class="saves" data-key="{visitor.key}">{links}</div>'
     )
+
+
+def places_html(visitor: Visitor) -> str:
+    """The places that are proposed for the inset, over the picture: a click inserts it there, what hovers shows it."""
+    canvas, plan = visitor.opened(), visitor.inserting.places(visitor.opened().state)
+    if plan is None:
+        return ""
+    (width, height), parts = canvas.state.image.size, []
+    for i in sorted(range(len(plan.boxes)), key=lambda i: -plan.boxes[i][2] * plan.boxes[i][3]):  # small ones on top
+        x, y, w, h = plan.boxes[i]
+        at = f"left:{x / width:.2%};top:{y / height:.2%};width:{w / width:.2%};height:{h / height:.2%}"
+        told = escape(f"place {i + 1}: {plan.instruction(i)}")
+        parts.append(
+            f'<button class="place" data-place="{i}" style="{at};--number:{i}" title="{told}" aria-label="{told}">'
+            f"<b>{i + 1}</b></button>"
+        )
+    inset = data_url(visitor.inserting.cut_out())
+    return f'<div class="places" style="--inset:url({inset})">{"".join(parts)}</div>'
+
+
+def inset_html(visitor: Visitor) -> str:
+    """The inset that is here, cut out by its mask."""
+    if visitor.inserting.inset is None:
+        return '<p class="none">Drop a picture of an object here</p>'
+    return f'<img src="{data_url(visitor.inserting.cut_out())}" alt="the inset">'
 
 
 def shape(visitor: Visitor) -> tuple[int, int]:
@@ -362,11 +553,11 @@ def tree_html(canvas: Canvas | None) -> str:
             line = f"grid-area:{row[parent]}/{column[i]}/{row[i] + 1}/{column[i] + 1}"
             parts.append(f'<i class="{"branch" if row[i] > row[parent] else ""}" style="{line}"></i>')
         about = ", ".join(f"{key} {value}" for key, value in state.settings.items())
-        hidden = "" if state.shown or state.shown is None else " (hidden)"
+        hidden = "" if state.shown or state.shown is None else "(hidden) "
         parts.append(
             f'<button class="state{" here" if i == canvas.at else ""}" data-state="{i}" title="{escape(about)}" '
             f'style="grid-area:{row[i]}/{column[i]}"><img src="{data_url(enlarge(state.image, THUMB))}" alt="">'
-            f"<span><b>{i}</b> {escape(state.instruction or 'start')}{hidden}{scales(canvas, i)}</span></button>"
+            f"<span><b>{i}</b> {hidden}{escape(state.instruction or 'start')}{scales(canvas, i)}</span></button>"
         )
     return f'<div class="tree">{"".join(parts)}</div>'
 

@@ -502,6 +502,10 @@ def measure_turn(edit: Edit, scorers: Scorers = NO_SCORERS) -> dict[str, float |
     return out
 
 
+SHARE = (0.0, 0.0, 1.0, 1.0)  # pseudo-items of an interval: two wrong and two right (Agresti and Coull 1998)
+SHARES_APART = (-1.0, 1.0)  # of a paired difference: one that either side alone has right (Bonett and Price 2012)
+
+
 class Interval(NamedTuple):
     """A mean with its 95% bootstrap interval."""
 
@@ -517,26 +521,34 @@ class Interval(NamedTuple):
         return above if self.low > 0 else below if self.high < 0 else "ties"
 
 
-def bootstrap(values_by_item: Values, n: int = 10_000, seed: int = 0, seeds: int = 1) -> Interval:
+def bootstrap(
+    values_by_item: Values, n: int = 10_000, seed: int = 0, seeds: int = 1, pseudo: tuple[float, ...] = ()
+) -> Interval:
     """The mean over items of each item's mean, and its percentile interval from `n` resamplings of items and seeds.
 
     seeds: how many an item's values are of, seed by seed; each resampling draws items and, for all of them, seeds, both
     with replacement (the pigeonhole bootstrap of Owen 2007, which errs to the wide side where seeds do not matter).
     Values of one item and seed are not independent, so they are drawn together. Missing values are left out of their
     item's mean, an item without any out of the whole: where a failure must count, give it a value.
+    pseudo: items of these values that the interval draws from, too, and the mean does not see: `SHARE` for shares,
+    whose interval would have no width where all of a few items are right. The percentiles lie as much further out as
+    Student's t with so few items does (the expanded percentiles of Hesterberg 2015).
     """
+    from scipy import stats
+
     rows = [np.array([np.nan if v is None else v for v in values], float) for values in values_by_item.values()]
     missing = sum(int(np.isnan(row).sum()) for row in rows)
     rows = [row.reshape(seeds, -1) for row in rows if not np.isnan(row).all()]
     means = np.array([np.nanmean(row) for row in rows])
     if len(means) < 2:
         return Interval(float(means.mean()) if len(means) else np.nan, np.nan, np.nan, len(means), missing)
-    if seeds == 1:
-        return Interval(float(means.mean()), *percentiles(np.mean, means, n=n, seed=seed), len(means), missing)
+    rows += [np.full((seeds, 1), value) for value in pseudo]
     sums = np.array([np.nansum(row, 1) for row in rows])  # (items, seeds)
     counts = np.array([(~np.isnan(row)).sum(1) for row in rows])
     drawn = resampled(sums, counts, n, np.random.default_rng(seed))
-    return Interval(float(means.mean()), *map(float, np.nanpercentile(drawn, (2.5, 97.5))), len(means), missing)
+    spare = len(means) - 1
+    tail = 100 * stats.norm.cdf(np.sqrt(len(means) / spare) * stats.t.ppf(0.025, spare))
+    return Interval(float(means.mean()), *map(float, np.nanpercentile(drawn, (tail, 100 - tail))), len(means), missing)
 
 
 def resampled(sums: np.ndarray, counts: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -563,8 +575,17 @@ def percentiles(statistic: Callable, *samples: np.ndarray, n: int = 10_000, seed
     return float(found.low), float(found.high)
 
 
-def paired_bootstrap(a_by_item: Values, b_by_item: Values, n: int = 10_000, seed: int = 0, seeds: int = 1) -> Interval:
+def paired_bootstrap(
+    a_by_item: Values,
+    b_by_item: Values,
+    n: int = 10_000,
+    seed: int = 0,
+    seeds: int = 1,
+    pseudo: tuple[float, ...] = (),
+) -> Interval:
     """`bootstrap` of a - b, value by value (same item, seed and turn); a pair is missing where either value is.
+
+    pseudo: `SHARES_APART` where both are shares.
 
     Raises BenchError where the two do not hold the same items with as many values.
     """
@@ -572,4 +593,4 @@ def paired_bootstrap(a_by_item: Values, b_by_item: Values, n: int = 10_000, seed
         raise BenchError("two methods can be compared only over the same items, seeds and turns")
     pairs = {item: zip(values, b_by_item[item]) for item, values in a_by_item.items()}
     apart = {k: [None if None in p else float(p[0]) - float(p[1]) for p in v] for k, v in pairs.items()}
-    return bootstrap(apart, n, seed, seeds)
+    return bootstrap(apart, n, seed, seeds, pseudo)

@@ -85,7 +85,10 @@ def lines(path: str | Path) -> str:
     out = [printable(path)]
     for name in ("model", "weights", "dtype", "seed", "worked at", "part", "version"):
         if name in about:
-            out.append(f"  {name:<10} {printable(about[name], 80)}")
+            value = about[name]
+            if isinstance(value, list):  # width and height, or a box
+                value = ("x" if name == "worked at" else ",").join(map(str, value)) + " px"
+            out.append(f"  {name:<10} {printable(value, 80)}")
     for number, edit in enumerate(about["edits"], 1):
         where = f", in a mask of {float(edit['mask']):.1%} of the picture" if is_number(edit.get("mask")) else ""
         out.append(f"  {number}. {printable(edit['instruction'], 300)}{where}")

@@ -155,11 +155,15 @@ class Canvas:
 
     def asked(self, texts: list[str], given: Sequence[Mask | None], own: list[dict], settings: Settings) -> Asked:
         """An edit's instructions, masks and regions' own settings, checked. Raises MaskError, InstructionError."""
-        masks, shares, union = self.read_regions(given, settings.soft)
+        read = [None if mask is None else self.read_given(mask, settings.soft) for mask in given]
+        masks, shares, union = self.partition(read, settings.soft)
         if union is None and settings.keep_background:
             raise MaskError("keep_background needs a mask for every instruction: without one there is no background")
         self.editor.text.tokenize(regions.terms(texts, own, shares, settings)[0])
-        return Asked(texts, masks, own, shares, union)
+        larger = self.original_size != self.state.image.size
+        return Asked(
+            texts, masks, own, shares, union, images.union(read, self.original_size, settings.soft) if larger else None
+        )
 
     def run(
         self,
@@ -175,7 +179,7 @@ class Canvas:
         to the bit, whatever the gate. start: a step's number and its x, to go on from there.
         """
         editor, at, parent = self.editor, self.at, self.state
-        texts, masks, own, shares, union = asked
+        texts, masks, own, shares, union, _ = asked
         with explain_oom(f"at {parent.image.width}x{parent.image.height} px: lower --resolution"):
             z_img, f = self.image_latent(settings.rescale, settings.iterate)
             source = parent.latent if settings.iterate == "latent" else editor.scale_factor * z_img
@@ -210,17 +214,22 @@ class Canvas:
                 latent = torch.where(union == 0, parent.latent, latent)
         record = settings.record() | ({"own": own} if any(own) else {})
         state = State(" + ".join(texts), latent, parent.image, at, None, record, f, depth=depth, kept=kept)
-        state.mask = regions.joined(asked)
+        state.mask, state.given = regions.joined(asked), asked.given
         state.regions = list(zip(texts, masks)) if len(texts) > 1 else []
         state.image = self.picture(state)
         self.states.append(state)
         self.at, self.redo_stack = len(self.states) - 1, []
 
-    def picture(self, state: State) -> Image.Image:
-        """What a state's latent decodes to and, where it keeps its background, its parent's pixels around that."""
+    def picture(self, state: State, like: State | None = None) -> Image.Image:
+        """What a state's latent decodes to and, where it keeps its background, its parent's pixels around that.
+
+        like: a state whose pixels stay where its latent does, see `stack.kept`.
+        """
         parent = self.states[state.parent]
         with explain_oom(f"at {parent.image.width}x{parent.image.height} px: lower --resolution"):
             image = images.from_latent(self.editor, state.latent)
+        if like is not None:
+            image = stack.kept(image, state.latent, like)
         if not state.settings["keep_background"]:
             return image
         return images.paste_back(image, parent.image, state.mask, feather=self.editor.vae.factor // 2)
@@ -231,7 +240,7 @@ class Canvas:
         alone: `regions.as_it_was`, of several instructions.
         """
         editor = self.editor if settings.reuse == 1 else reuse_deep_features(self.editor, settings.reuse)
-        texts, _, own, shares, union = asked
+        texts, _, own, shares, union, _ = asked
         z_img, shares = z_img.to(editor.device), shares.to(editor.device)
         said, weights, whose, *scales = regions.terms(texts, own, shares, settings)
         *conds, null = editor.context([*said, ""]).split(1)
@@ -280,10 +289,16 @@ class Canvas:
 
     def read_mask(self, mask: Mask, soft: bool = False) -> tuple[Image.Image, Tensor]:
         """A mask as PIL "L" at working size and at the latent's, (1, 1, h, w). Raises MaskError."""
-        factor = self.editor.vae.factor
-        pixels = images.read_mask(
-            mask, self.original_size, self.state.image.size, self.native, soft, factor, self.turned, self.part
-        )
+        return self.at_working_size(self.read_given(mask, soft), soft)
+
+    def read_given(self, mask: Mask, soft: bool = False) -> Image.Image:
+        """A mask as PIL "L" at the size at which it is given. Raises MaskError."""
+        return images.read_given(mask, self.original_size, self.state.image.size, soft, self.turned)
+
+    def at_working_size(self, given: Image.Image, soft: bool = False) -> tuple[Image.Image, Tensor]:
+        """`read_mask` of what `read_given` gave."""
+        size, factor = self.state.image.size, self.editor.vae.factor
+        pixels = images.at_working_size(given, self.original_size, size, self.native, soft, factor, self.part)
         return pixels, images.latent_mask(pixels, factor, soft)
 
     def read_regions(
@@ -293,7 +308,13 @@ class Canvas:
 
         Raises MaskError where one selects nothing, also where one is None and the others leave it nothing.
         """
-        pixels, cells = zip(*((None, None) if mask is None else self.read_mask(mask, soft) for mask in masks))
+        return self.partition([None if mask is None else self.read_given(mask, soft) for mask in masks], soft)
+
+    def partition(
+        self, given: Sequence[Image.Image | None], soft: bool = False
+    ) -> tuple[list[Image.Image | None], Tensor, Tensor | None]:
+        """`read_regions` of what `read_given` gave."""
+        pixels, cells = zip(*((None, None) if mask is None else self.at_working_size(mask, soft) for mask in given))
         if pixels.count(None) > 1:
             raise MaskError("two instructions have no mask: only one can be for everywhere else")
         shares, union = regions.partition(cells)
@@ -310,11 +331,15 @@ class Canvas:
             union = ImageChops.lighter(union, state.mask.point(lambda v: 255 if v else 0))
         return union
 
+    def before(self) -> int | None:
+        """The number of the state that the current one was made from; None at the beginning."""
+        if self.state.made:
+            return next(i for i, state in enumerate(self.states) if state.id == self.state.made["from"])
+        return self.state.parent
+
     def undo(self) -> Image.Image:
         """Back to the state that the current one was made from. Raises CanvasError at the beginning."""
-        before = self.state.parent
-        if self.state.made:
-            before = next(i for i, state in enumerate(self.states) if state.id == self.state.made["from"])
+        before = self.before()
         if before is None:
             raise CanvasError("nothing to undo: this is the picture as it was opened")
         self.redo_stack.append(self.at)

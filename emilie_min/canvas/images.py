@@ -2,7 +2,8 @@
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -167,15 +168,15 @@ def put_back(edited: Image.Image, photo: Image.Image, box: Box, alpha: Image.Ima
 def blend_mask(mask: Image.Image, given: Image.Image | None, box: Box, feather: int) -> Image.Image:
     """How much of an edit shows at a photo's own size: an alpha of the box's size, 0 wherever the mask is.
 
-    mask: at working size; given: the same at the photo's, None where it is not known, then a pixel at the border is
-    left out; feather: px of the working picture, inside the mask, over which the edit sets in.
+    mask: at working size; given: the same at the photo's, see `union`, None where it is not known, then a pixel at the
+    border is left out; feather: px of the working picture, inside the mask, over which the edit sets in.
     """
     size = box[2] - box[0], box[3] - box[1]
     if given is None:
         limit = mask.filter(ImageFilter.MinFilter(3)) if size != mask.size else mask
         limit = limit.point(lambda v: 255 if v else 0).resize(size, Image.Resampling.NEAREST)
     else:
-        limit = given.crop(box).point(lambda v: 255 if v else 0)
+        limit = given.crop(box).convert("L")
     alpha = feathered(mask.point(lambda v: 255 if v else 0), feather)
     return ImageChops.darker(alpha.resize(size, Image.Resampling.BILINEAR), limit)
 
@@ -228,6 +229,19 @@ def read_mask(
     input that the working picture shows, if it is not the one of `place`. Raises MaskError.
     """
     given = read_given(mask, original, working, soft, turned)
+    return at_working_size(given, original, working, native, soft, factor, part)
+
+
+def at_working_size(
+    given: Image.Image,
+    original: tuple[int, int],
+    working: tuple[int, int],
+    native: bool = False,
+    soft: bool = False,
+    factor: int | None = None,
+    part: Box | None = None,
+) -> Image.Image:
+    """What `read_given` gave, at working size, see `read_mask`. Raises MaskError."""
     image = given
     if part is not None and image.size == original:
         image = scale(image, part, working, Image.Resampling.BOX)
@@ -278,6 +292,14 @@ def read_given(
     if not image.getbbox():
         raise MaskError("the mask is empty: white marks where to edit")
     return image
+
+
+def union(given: Sequence[Image.Image | None], size: tuple[int, int], soft: bool = False) -> Image.Image | None:
+    """Where any of these masks, see `read_given`, lets an edit act, PIL "1"; None: not known at this size."""
+    if any(mask is None or mask.size != size for mask in given):
+        return None
+    least = 1 if soft else 128
+    return reduce(ImageChops.logical_or, [mask.point(lambda v: 255 * (v >= least), "1") for mask in given])
 
 
 def turn_alike(

@@ -48,5 +48,8 @@ def read_inset(inset: Picture, mask: Picture | None = None) -> Inset:
         try:
             own = images.read_mask(mask, image.size, image.size, soft=True)
         except MaskError as error:
-            raise MaskError(f"--inset-mask: {error}") from error
+            raise MaskError(f"the inset's mask: {error}") from error
+    x0, y0, x1, y1 = own.getbbox()  # type: ignore[misc]  # an empty one is refused
+    if max(x1 - x0, y1 - y0) < LEAST:
+        raise ImageError(f"the inset's object has {x1 - x0}x{y1 - y0} px and shows nothing: {LEAST} px at least")
     return Inset(seen, pixels, own)

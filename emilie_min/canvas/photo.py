@@ -33,10 +33,10 @@ class Photo:
 
     def __init__(self, photo: Image.Image, canvas: Canvas):
         self.photo, self.canvas = photo, canvas
-        self.given: dict[int, Image.Image] = {}  # of states edited here: their masks' union at the photo's size
-        self.earlier: list[tuple[Image.Image, Canvas, dict[int, Image.Image]]] = []  # what was left for another part
+        self.earlier: list[tuple[Image.Image, Canvas]] = []  # what was left for another part
         opened = canvas.states[0].image
-        if images.view(photo, opened.size, canvas.native, canvas.part).tobytes() != opened.tobytes():
+        same = photo.size == canvas.original_size
+        if not same or images.view(photo, opened.size, canvas.native, canvas.part).tobytes() != opened.tobytes():
             raise CanvasError("the session is on another picture")
 
     def aim(
@@ -83,8 +83,8 @@ class Photo:
         moved = open_canvas(photo, canvas.editor, canvas.seed, part=box)
         moved.turned = canvas.turned
         if edited:
-            self.earlier.append((self.photo, canvas, self.given))
-        self.photo, self.canvas, self.given = photo, moved, {}
+            self.earlier.append((self.photo, canvas))
+        self.photo, self.canvas = photo, moved
         width, height = box[2] - box[0], box[3] - box[1]
         through = ", from pixels" if edited else ""
         return f"{why}, {width}x{height} px at {box[0]},{box[1]}{through}"
@@ -92,13 +92,13 @@ class Photo:
     def undo(self) -> None:
         """Back to the picture before the last edit, in whatever part that was. Raises CanvasError at the beginning."""
         if self.canvas.at == 0 and self.earlier:
-            self.photo, self.canvas, self.given = self.earlier.pop()
+            self.photo, self.canvas = self.earlier.pop()
         self.canvas.undo()
 
     @property
     def canvases(self) -> list[Canvas]:
         """Of all parts that were edited, first to last."""
-        return [canvas for _, canvas, _ in self.earlier] + [self.canvas]
+        return [canvas for _, canvas in self.earlier] + [self.canvas]
 
     @property
     def box(self) -> Box:
@@ -106,27 +106,14 @@ class Photo:
         canvas = self.canvas
         return canvas.part or images.place(self.photo.size, canvas.state.image.size, canvas.native)
 
-    def steps(self, regions: Sequence[tuple[str, Mask | None]], **changes) -> Iterator[Step]:
-        """`Canvas.steps`, which is checked at once, and remember the masks as they were given."""
-        steps, given = self.canvas.steps(regions, **changes), self.read_given([mask for _, mask in regions], **changes)
-        return self._steps(steps, given)
+    def steps(self, regions: Sequence[tuple], **changes) -> Iterator[Step]:
+        """`Canvas.steps`, which is checked at once."""
+        return self.canvas.steps(regions, **changes)
 
-    def _steps(self, steps: Iterator[Step], given: Image.Image | None) -> Iterator[Step]:
-        yield from steps
-        if given is not None:
-            self.given[self.canvas.at] = given
-
-    def read_given(self, masks: Sequence[Mask | None], soft: bool = False, **_) -> Image.Image | None:
-        """The union of masks at the photo's size, white where an edit may act; None: it is not known at that size."""
-        canvas, union = self.canvas, Image.new("L", self.photo.size)
-        for mask in masks:
-            if mask is None:
-                return None
-            one = images.read_given(mask, self.photo.size, canvas.state.image.size, soft, canvas.turned)
-            if one.size != self.photo.size:
-                return None
-            union = ImageChops.lighter(union, one.point(lambda v: 255 if v >= (1 if soft else 128) else 0))
-        return union
+    def read_given(self, masks: Sequence[Mask | None], soft: bool = False) -> Image.Image | None:
+        """The union of masks at the photo's size, see `images.union`; None: it is not known at that size."""
+        given = [None if mask is None else self.canvas.read_given(mask, soft) for mask in masks]
+        return images.union(given, self.photo.size, soft)
 
     def at_own_size(self, mask: Image.Image) -> Image.Image:
         """A mask of the working picture as one of the photo."""
@@ -152,7 +139,7 @@ class Photo:
             if not self.shows_everywhere(at):
                 same = state.image.size == (box[2] - box[0], box[3] - box[1])
                 feather = 0 if same and state.settings.get("keep_background") else canvas.editor.vae.factor // 2
-                alpha = images.blend_mask(state.mask, self.given.get(at), box, feather)  # which that did already
+                alpha = images.blend_mask(state.mask, state.given, box, feather)  # which that did already
             out = images.put_back(state.image, out, box, alpha)
         return out.copy() if out is self.photo else out
 

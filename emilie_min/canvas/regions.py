@@ -29,6 +29,7 @@ class Asked(NamedTuple):
     own: list[dict]
     shares: Tensor
     union: Tensor | None
+    given: Image.Image | None = None  # the masks' union at the photo's size, see `images.union`
 
 
 def joined(asked: Asked) -> Image.Image | None:
@@ -87,6 +88,17 @@ def unguided(editor: Editor, z_img: Tensor, conds: list[Tensor], shares: Tensor,
         return shared(shares, editor.branches(xs, sigma, [z_img] * len(conds), conds))
 
     return denoise
+
+
+@torch.no_grad()
+def differences(editor: Editor, z_img: Tensor, x: Tensor, sigma: float, texts: Sequence[str]) -> Tensor:
+    """How far instructions lead from where the picture alone does, the most of them, (1, 1, h, w) on the CPU: one call.
+
+    z_img: (1, 4, h, w), unscaled; x: (1, 4, h, w) at noise level sigma.
+    """
+    z_img, x, n = z_img.to(editor.device), x.to(editor.device), len(texts) + 1
+    *told, seen = editor.branches([x] * n, sigma, [z_img] * n, list(editor.context([*texts, ""]).split(1)))
+    return torch.stack([(each - seen).abs().mean(1, keepdim=True) for each in told]).amax(0).cpu()
 
 
 def terms(

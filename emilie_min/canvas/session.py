@@ -13,6 +13,7 @@ import json
 import os
 import sqlite3
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import fields
@@ -251,7 +252,23 @@ def _record(state: State, parent: int | None) -> str:
 def _tensors(state: State) -> dict[str, Tensor]:
     pictures = {"image": state.image, "mask": state.mask}
     pictures |= {f"mask.{k}": mask for k, (_, mask) in enumerate(state.regions)}
-    return {"latent": state.latent} | {k: torch.from_numpy(np.array(p)) for k, p in pictures.items() if p is not None}
+    tensors = {k: torch.from_numpy(np.array(p)) for k, p in pictures.items() if p is not None}
+    if state.given is not None:  # millions of pixels, of which few differ from their neighbours
+        packed = bytearray(zlib.compress(state.given.tobytes(), 1))
+        tensors["given"] = torch.frombuffer(packed, dtype=torch.uint8)[None]
+    return {"latent": state.latent} | tensors
+
+
+def _unpack_given(packed: Tensor, size: tuple[int, int]) -> Image.Image:
+    """A mask of the photo's size (width, height). Raises ValueError."""
+    count, unpack = (size[0] + 7) // 8 * size[1], zlib.decompressobj()
+    try:
+        data = unpack.decompress(packed.numpy().tobytes(), count + 1)
+    except zlib.error:
+        data = b""
+    if len(data) != count or not unpack.eof or unpack.unused_data or packed.shape[0] != 1:
+        raise ValueError("a mask has not the photo's size")
+    return Image.frombytes("1", size, data)
 
 
 # ---- reading
@@ -270,7 +287,8 @@ def read(path: str | Path, editor: Editor) -> dict:
         about, *rows = _rows(path) if _head(path) == MAGIC else _rows_of_before(path)
         if found := fault(about, HEAD) or strange(about, HEAD):
             raise ValueError(found)
-        states = [_state(i, row) for i, row in enumerate(rows)]
+        _check_head(about)
+        states = [_state(i, row, tuple(about["original_size"])) for i, row in enumerate(rows)]
         _check(about, states)
         noise = {name: rows[0].tensors[name] for name in ("z_init", "z_img")}
     except CanvasError:
@@ -370,14 +388,15 @@ def _rows_of_before(path: Path) -> Iterator:
         raise ValueError(f"{quote(min(tensors))} belongs to no state")
 
 
-def _state(i: int, row: Row) -> State:
-    """Raises ValueError."""
+def _state(i: int, row: Row, photo: tuple[int, int]) -> State:
+    """photo: its size. Raises ValueError."""
     record, tensors = row.record, row.tensors
     if found := fault(record, ROOT if i == 0 else RECORD) or strange(record, RECORD):
         raise ValueError(f"state {i}: {found}")
     texts = record.get("regions") or []
     needed = {"latent", "image"} | ({"z_init", "z_img"} if i == 0 else set())
     masks = set() if i == 0 else {"mask", *(f"mask.{k}" for k in range(len(texts)))}
+    given = tensors.pop("given", None) if "mask" in tensors else None
     if not needed <= tensors.keys() <= needed | masks:
         raise ValueError(f"state {i} must have {', '.join(sorted(needed))}, and has {quote(sorted(tensors))}")
     for name, tensor in tensors.items():
@@ -405,8 +424,19 @@ def _state(i: int, row: Row) -> State:
         if not 0 <= record.get("strength", 1) <= 1:
             raise ValueError(f"state {i} has a strength of {quote(record['strength'])}")
     plain = {name: record[name] for name in ("instruction", "parent", "settings", "f", *PLAIN) if name in record}
+    union = None if given is None else _unpack_given(given, photo)
     return State(latent=tensors["latent"], image=pictures["image"], mask=pictures.get("mask"), regions=regions,
-                 id=row.id, **plain)  # fmt: skip
+                 given=union, id=row.id, **plain)  # fmt: skip
+
+
+def _check_head(about: dict) -> None:
+    """What holds of what a file says of itself. Raises ValueError, ImageError."""
+    if len(about["original_size"]) != 2 or not all(0 < side <= LONGEST for side in about["original_size"]):
+        raise ValueError("the size of its picture is damaged")
+    if about.get("turned", 2) not in TURNS:
+        raise ValueError("how its picture was turned is damaged")
+    if about.get("part") is not None:
+        read_part(tuple(about["part"]), tuple(about["original_size"]))
 
 
 def _check(about: dict, states: list[State]) -> None:
@@ -424,9 +454,3 @@ def _check(about: dict, states: list[State]) -> None:
         raise ValueError("it names a state that it does not hold, or one twice")
     if len({state.image.size for state in states}) > 1:
         raise ValueError("its pictures have different sizes")
-    if len(about["original_size"]) != 2 or not all(0 < side <= LONGEST for side in about["original_size"]):
-        raise ValueError("the size of its picture is damaged")
-    if about.get("turned", 2) not in TURNS:
-        raise ValueError("how its picture was turned is damaged")
-    if about.get("part") is not None:
-        read_part(tuple(about["part"]), tuple(about["original_size"]))  # or MaskError

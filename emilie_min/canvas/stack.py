@@ -5,11 +5,14 @@ of them never saw it. Where an edit left the latent another than it found it, se
 later edit is looked at as it was, from a to b; now it finds a', which other edits led to. Where those did is S.
 
 - No such edit: b, to the bit.
-- S and E apart: b, and a' in S. No network call.
-- Else the edit is made once more, within S and E, and held to that outside.
+- S and E apart: b, and a' in S. Masks that are apart need no network call; without one the instruction might act on
+  what has come back in S, as a look does. One call tells, see `Walk.acts`.
+- Else the edit is made once more, within S and E, or S where it acts there, and held to that outside; but for an inset
+  that was kept as it is, which stays b in E.
 
-So outside S every bit of b stays. Noise is keyed by an edit's seed and by its depth, which it keeps wherever it moves.
-A stack that was there before is taken from the tree: hidden and shown again gives the same bits.
+So outside S every bit of b stays, of the latent and of the picture. Noise is keyed by an edit's seed and by its depth,
+which it keeps wherever it moves. A stack that was there before is taken from the tree: hidden and shown again gives the
+same bits.
 """
 
 import math
@@ -17,14 +20,15 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import CanvasError
+from ..errors import CanvasError, printable
 from ..sampling import Step
-from . import regions
+from . import images, regions
 from .images import Mask
 from .regions import Asked
 from .settings import Settings, as_finite, as_part
@@ -32,6 +36,7 @@ from .state import State
 
 APART, REACH = 0.35, 1  # how far a scaled latent, of unit variance, is another; cells around that count too
 STEPS = 0.5  # the part of an edit's steps that it takes where what is around it is known
+LEVEL, ACTS = 8.0, 0.15  # of noise; the part of the largest difference from which an instruction acts somewhere
 WAYS = ("support", "replay")  # to make later edits anew: as above, or each in full
 CHANGES = ("retract", "hide", "show", "move", "strength", "revise", "scrub")
 SCRUBBED = {"text_scale", "image_scale", "gate", "soft", "negative", "further", "guidance_interval", "keep_background"}
@@ -49,20 +54,28 @@ class Layer:
     depth: int
     shown: bool = True
     strength: float = 1.0
+    given: Image.Image | None = None  # their union at the photo's size
+    inserted: dict | None = None  # of `State`; with "kept" it is no edit by words, and never drawn anew
 
     @staticmethod
     def of(state: State, depth: int) -> "Layer":
         texts, masks = zip(*(state.regions or [(state.instruction, state.mask)]))
         depth = depth if state.depth is None else state.depth
-        return Layer(texts, masks, state.settings, depth, bool(state.shown), state.strength)
+        how = depth, bool(state.shown), state.strength, state.given, state.inserted
+        return Layer(texts, masks, state.settings, *how)
 
     @cached_property
     def key(self) -> tuple:
         """What its result depends on, besides its input."""
         masks = tuple(None if mask is None else mask.tobytes() for mask in self.masks)
         own = [sorted(own.items()) for own in self.settings.get("own", [])]
-        more = repr(self.told()), repr(own), repr(self.settings.get("scrubbed"))
-        return self.texts, masks, *more, self.depth, self.shown, self.strength
+        more = repr(self.told()), repr(own), repr(self.settings.get("scrubbed")), repr(self.inserted)
+        given = None if self.given is None else self.given.tobytes()
+        return self.texts, masks, given, *more, self.depth, self.shown, self.strength
+
+    @property
+    def kept(self) -> bool:
+        return self.inserted is not None and "kept" in self.inserted
 
     def told(self, **changes) -> Settings:
         """Its settings, with changes: what its record has of `Settings`, and not of regions or of scrubbing."""
@@ -71,7 +84,7 @@ class Layer:
 
     def asked(self, canvas) -> tuple[Asked, Settings]:
         settings, own = self.told(), self.settings.get("own", [{} for _ in self.texts])
-        return canvas.asked(list(self.texts), self.masks, own, settings), settings
+        return canvas.asked(list(self.texts), self.masks, own, settings)._replace(given=self.given), settings
 
 
 @dataclass
@@ -125,8 +138,9 @@ class Walk:
         several = list(zip(layer.texts, layer.masks)) if len(layer.texts) > 1 else []
         state = State(" + ".join(layer.texts), parent.latent, parent.image, at, None, layer.settings, None, several)
         state.depth, state.shown, state.strength = layer.depth, layer.shown, layer.strength
+        state.inserted = layer.inserted
         asked, settings = layer.asked(self.canvas)
-        state.mask = regions.joined(asked)
+        state.mask, state.given = regions.joined(asked), asked.given
         if not layer.shown:
             return state
         known = self.made.get((*self.recipe[at], layer.key))
@@ -151,12 +165,16 @@ class Walk:
         if before is not None and before.shown and before.key != layer.key and self.way == "support":
             changed |= support(self.states[today.parent].latent, today.latent)[1]  # this edit itself is another now
             state.latent = torch.where(changed, state.latent, today.latent)
-        state.image = self.canvas_at(at).picture(state)
+        pair, like = self.pair(layer), today
+        if before is None or not before.shown:
+            like = None if pair is None else self.states[pair]
+        state.image = self.canvas_at(at).picture(state, like if self.way == "support" else None)
         return state
 
     def again(self, state: State, layer: Layer, asked: Asked, settings: Settings) -> Iterator[Step]:
         """Give `state` its latent."""
         pair, within = self.pair(layer) if self.way == "support" and settings.gate != "eq8" else None, None
+        scratch = self.canvas_at(state.parent)
         if pair is not None:
             a, b = self.states[self.states[pair].parent], self.states[pair]
             others = {*self.recipe[b.parent]} ^ {*self.recipe[state.parent]}
@@ -167,10 +185,15 @@ class Walk:
             core, where = (torch.stack(part).any(0) for part in zip(*edges))
             mine, reach = support(a.latent, b.latent)
             state.latent, state.f = torch.where(where & ~mine, parent, b.latent), b.f
-            if not (core & mine).any():
+            if layer.kept:
+                return
+            if self.acts(asked, settings, scratch, core & ~mine):
+                reach = where
+            elif not (core & mine).any():
                 return
             within = (where & reach).float(), torch.where(where, parent, b.latent)
-        scratch = self.canvas_at(state.parent)
+        elif layer.kept:
+            raise CanvasError(f"{printable(layer.texts[0], 60)!r} is an inset that was kept: it cannot be drawn anew")
         for step in self.steps(layer, scratch, within):
             self.calls += step.sigma > 0
             yield step
@@ -178,6 +201,20 @@ class Walk:
         state.latent, state.f = scratch.state.latent, scratch.state.f
         where = torch.ones_like(state.latent[:, :1]) > 0 if within is None else within[0] > 0
         self.remade = where if self.remade is None else self.remade | where
+
+    def acts(self, asked: Asked, settings: Settings, scratch, where: Tensor) -> bool:
+        """Whether an edit would do something there that it did not before, as where an object has come back.
+
+        One call tells, at noise level `LEVEL`: how far apart the branches with and without instruction are there.
+        """
+        most = where.float().mean() > 0.5  # a look that is gone: of what it was on the instruction knew
+        where = where if asked.union is None else where & (asked.union > 0)
+        if most or not where.any():
+            return False
+        self.calls += 1
+        z_img = scratch.image_latent(settings.rescale, settings.iterate)[0]
+        apart = regions.differences(scratch.editor, z_img, scratch.latent + LEVEL * scratch.z_init, LEVEL, asked.texts)
+        return (apart[where].mean() > ACTS * apart.max()).item()
 
     def steps(self, layer: Layer, scratch, within: tuple[Tensor, Tensor] | None) -> Iterator[Step]:
         """An edit's steps on a canvas, of one that was scrubbed first those of the edit that it goes on from."""
@@ -228,6 +265,22 @@ def support(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     levels = [min(part * APART, part / 4 * apart.max().item()) for part in (2, 1)]
     far, near = (F.max_pool2d((apart > level).float(), 2 * REACH + 1, 1, REACH) > 0 for level in levels)
     return far & (apart > 0), near & (apart > 0)
+
+
+def kept(image: Image.Image, latent: Tensor, like: State) -> Image.Image:
+    """A latent's picture, but another state's pixels where the latents are equal to the bit.
+
+    What a decoder makes of a cell depends a little on all the others: where they are equal the pictures are a tint
+    apart, by which the rest is shifted, so that no seam shows.
+    """
+    apart = (latent != like.latent).any(1, keepdim=True)
+    if apart.all():
+        return image
+    mask = F.interpolate(apart.byte() * 255, size=image.size[::-1])[0, 0].numpy()
+    new, old = (np.asarray(each, np.float32) for each in (image, like.image))
+    tinted = new + np.median((old - new)[mask == 0], axis=0)
+    image = Image.fromarray(tinted.round().clip(0, 255).astype(np.uint8))
+    return images.paste_back(image, like.image, Image.fromarray(mask), image.width // apart.shape[-1] // 2)
 
 
 def layers(canvas) -> list[Layer]:
@@ -292,7 +345,7 @@ def revise(
     own = layer.settings.get("own", [])
     settings = layer.told(**changes).resolve(canvas.editor.config.sampling, canvas.seed)
     if instruction is None and mask is ...:
-        texts, masks = layer.texts, layer.masks
+        texts, masks, union = layer.texts, layer.masks, layer.given
     else:
         if instruction is None or isinstance(instruction, str):
             if len(layer.texts) > 1:
@@ -300,12 +353,14 @@ def revise(
             instruction = [
                 (layer.texts[0] if instruction is None else instruction, layer.masks[0] if mask is ... else mask)
             ]
-            mask = None
+            same, mask = mask is ..., None
+        else:
+            same = False
         texts, given, own = regions.read(instruction, None if mask is ... else mask, False)
-        masks = canvas.asked(texts, given, own, settings).masks
-    return replace(
-        layer, texts=tuple(texts), masks=tuple(masks), settings=settings.record() | ({"own": own} if any(own) else {})
-    )
+        asked = canvas.asked(texts, given, own, settings)
+        masks, union = asked.masks, layer.given if same else asked.given
+    record = settings.record() | ({"own": own} if any(own) else {})
+    return replace(layer, texts=tuple(texts), masks=tuple(masks), given=union, settings=record, inserted=None)
 
 
 def change(canvas, name: str, k: int, *more, way: str = "support", **revised) -> Iterator[Step]:
@@ -326,7 +381,7 @@ def _change(canvas, walk: Walk, edits: list[Layer], made: dict) -> Iterator[Step
     if made["change"] == "move" and walk.made[walk.recipe[end]] == end >= len(canvas.states):  # all still shows
         where, result = walk.remade, states[end]
         result.latent = canvas.state.latent if where is None else torch.where(where, result.latent, canvas.state.latent)
-        result.image = canvas.image if where is None else walk.canvas_at(end).picture(result)
+        result.image = canvas.image if where is None else walk.canvas_at(end).picture(result, canvas.state)
     if end < len(canvas.states):  # it was there before: its like, so that undo leads back from it
         settings = Settings().resolve(canvas.editor.config.sampling, canvas.seed).record()
         root = State("", states[0].latent, states[0].image, 0, settings=settings, shown=None)

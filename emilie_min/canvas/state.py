@@ -24,5 +24,6 @@ class State:
     strength: float = 1.0  # how far from the parent's latent to the edit's own
     made: dict | None = None  # by a change of the stack: which, from the state of which id, in how many network calls
     inserted: dict | None = None  # by `insert.insertion`: the caption, the proposals' boxes, which was taken
+    given: Image.Image | None = None  # where the edit may act at the photo's size, PIL "1"; None: it is not known
     kept: dict[int, Tensor] = field(default_factory=dict)  # the sampler's x before some steps; in no file: see `scrub`
     id: str = field(default_factory=lambda: uuid.uuid4().hex)  # by which files tell it from every other

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import InstructionError
 from ..sampling import noise_stream
+from . import regions
 from .canvas import Canvas
 from .strip import OUTLINE
 
@@ -20,7 +21,6 @@ THRESHOLD = 0.2  # of the largest difference, where the mask begins: see weights
 EVERYWHERE = 0.6  # the share of a picture from which on an instruction is for all of it
 
 
-@torch.no_grad()
 def differences(canvas: Canvas, instruction: str) -> Tensor:
     """How much an instruction would change each cell of the current latent, (1, 1, h, w) on the CPU, the largest 1.
 
@@ -29,15 +29,13 @@ def differences(canvas: Canvas, instruction: str) -> Tensor:
     if not instruction.strip():
         raise InstructionError("the instruction is empty: say what to change")
     editor, z = canvas.editor, canvas.latent
-    cond, null = editor.context([instruction, ""]).split(1)
-    z_img = canvas.image_latent()[0].to(editor.device)
+    z_img = canvas.image_latent()[0]
     total = torch.zeros(1, 1, *z.shape[2:])
     for sigma in LEVELS:
         level = torch.zeros_like(total)
         for k in range(NOISES):
-            x = (z + sigma * noise_stream(tuple(z.shape), canvas.seed, "where", k)()).to(editor.device)
-            told, seen = editor.branches([x, x], sigma, [z_img, z_img], [cond, null])
-            level += (told - seen).abs().mean(1, keepdim=True).cpu()
+            x = z + sigma * noise_stream(tuple(z.shape), canvas.seed, "where", k)()
+            level += regions.differences(editor, z_img, x, sigma, [instruction])
         total += level / level.amax().clamp(min=1e-9)
     return total / total.amax().clamp(min=1e-9)
 

@@ -1,18 +1,22 @@
 """`emilie convert`: what sampling needs of a weight file, in one precision."""
 
+import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import CheckpointError
 from . import reading, writing
 from .info import pick_config
+from .names import RAW, TEXT, VAE
 from .networks import meta_networks
 
 DTYPES = ("float16", "bfloat16", "float32")
+PREFIXES = {"unet": RAW, "vae": VAE, "text": TEXT}  # in a converted file
 
 
 def convert(
@@ -60,9 +64,24 @@ def convert(
         for name, key in keys.items():
             tensors[name] = reader.get(key, "cpu", getattr(torch, dtype))
             reader.finite(key, tensors[name], str(source))
+        notes |= {f"sha256.{part}": digest for part, digest in digests(tensors, tensors.__getitem__).items()}
         writing.write_tensors(tensors, target, notes)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {writing.explain(error)}") from error
     before, after = (tqdm.format_sizeof(n, "B") for n in (reading.nbytes(source, entries), target.stat().st_size))
     made = f"{target}: {len(keys)} tensors in {dtype}, {after}"
     return f"{made}, from the {report.family} weights of {source} ({before})"
+
+
+def digests(keys: Iterable[str], get: Callable[[str], Tensor]) -> dict[str, str]:
+    """Of each network in a converted file the SHA-256 of its tensors: names, dtypes, shapes and bytes, by name."""
+    keys, made = sorted(keys), {}
+    for part, prefix in PREFIXES.items():
+        digest = hashlib.sha256()
+        for key in keys:
+            if key.startswith(prefix):
+                tensor = get(key).contiguous()
+                digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
+                digest.update(tensor.flatten().view(torch.uint8).numpy())
+        made[part] = digest.hexdigest()
+    return made

@@ -294,6 +294,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> GracoNet:
 def what_it_is(path: str | Path, entries: dict[str, reading.Entry]) -> str:
     """What a weight file without GracoNet's tensors holds, for an error."""
     shapes = {key: entry.shape for key, entry in entries.items()}
+    if {"text_model", "vision_model"} <= {key.partition(".")[0] for key in entries}:
+        return "a CLIP"
     known = names.tell_tale(shapes, reading.metadata(path))
     if known is not None:
         return known.partition(": ")[0]

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from ..canvas import images
 from ..canvas.canvas import SAMPLERS, Canvas
 from ..canvas.insets import Inset, read_inset
+from ..canvas.photo import Photo
 from ..canvas.pictures import Picture
 from ..canvas.regions import Asked
 from ..canvas.settings import Settings, as_part
@@ -32,18 +33,23 @@ from .graconet import Box
 FORMATS = ("add {caption}", "add {caption} at the {place}")  # for any model; for the small one, which was taught places
 MOST = 64  # proposals
 KEEP = 0.25  # of the steps, see `Plan.keep_steps`
+ASK = "say where yourself: --at X0,Y0,X1,Y1, or on the studio's page paint there"
 RIM = 0.15  # of a box's longer side, added all around it
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An insertion before it is made: what, and where it could go. boxes: in pixels of the working picture."""
+    """An insertion before it is made: what, and where it could go. boxes: in pixels of the working picture.
+
+    photo: what the canvas works on, if that is more than a canvas; pictures of the plan then have its size.
+    """
 
     canvas: Canvas
     inset: Inset
     caption: str
     boxes: Sequence[Box]
     format: str
+    photo: Photo | None = None
 
     def instruction(self, take: int = 0) -> str:
         """What the editor is told of a proposal."""
@@ -57,23 +63,40 @@ class Plan:
         out.paste(255, (max(0, x - rim), max(0, y - rim), min(out.width, x + w + rim), min(out.height, y + h + rim)))
         return out
 
-    def pasted(self, take: int = 0) -> Image.Image:
-        """What GracoNet alone does: the inset itself, put into the working picture."""
-        return graconet.paste(self.canvas.image, self.inset.pixels, self.inset.mask, self.boxes[take])
+    @property
+    def image(self) -> Image.Image:
+        """The picture that is inserted into, the photo at its own size or the working picture."""
+        return self.canvas.image if self.photo is None else self.photo.image
 
-    def outlined(self, take: int | None = None, height: int = 256) -> Image.Image:
-        """The working picture, enlarged to `height`, with numbered outlines of its proposals, the taken one's pink."""
-        image = self.canvas.image
-        out = enlarge(image, height)
-        draw, k = ImageDraw.Draw(out), out.height / image.height
+    def own_box(self, take: int = 0) -> Box:
+        """A proposal in pixels of `image`."""
+        if self.photo is None:
+            return self.boxes[take]
+        (left, top, right, bottom), (x, y, w, h) = self.photo.box, self.boxes[take]
+        width, height = self.canvas.image.size
+        kx, ky = (right - left) / width, (bottom - top) / height
+        x0, y0, x1, y1 = (round(v) for v in (left + x * kx, top + y * ky, left + (x + w) * kx, top + (y + h) * ky))
+        return x0, y0, max(1, x1 - x0), max(1, y1 - y0)
+
+    def pasted(self, take: int = 0) -> Image.Image:
+        """What GracoNet alone does: the inset itself, put into `image`."""
+        return graconet.paste(self.image, self.inset.pixels, self.inset.mask, self.own_box(take))
+
+    def outlined(self, take: int | None = None, height: int | None = None) -> Image.Image:
+        """`image` with numbered outlines of its proposals, the taken one's pink.
+
+        At `height` px; None: at its own size, or a small one enlarged in whole steps.
+        """
+        image = self.image
+        out = enlarge(image, height or max(256, image.height))
+        draw, k, line = ImageDraw.Draw(out), out.height / image.height, max(2, max(out.size) // 200)
         for i in sorted(range(len(self.boxes)), key=lambda i: i == take):
-            x, y, w, h = (round(v * k) for v in self.boxes[i])
-            colour = OUTLINE if take in (None, i) else PAPER
-            draw.rectangle((x, y, x + w - 1, y + h - 1), outline=INK, width=3)
-            draw.rectangle((x + 1, y + 1, x + w - 2, y + h - 2), outline=colour, width=2)
-            draw.text(
-                (x + 5 + 14 * i, y + 3), str(i + 1), fill=colour, font_size=14, stroke_width=1, stroke_fill="black"
-            )
+            x, y, w, h = (round(v * k) for v in self.own_box(i))
+            colour, one = OUTLINE if take in (None, i) else PAPER, line // 2
+            draw.rectangle((x, y, x + w - 1, y + h - 1), outline=INK, width=line + one)
+            draw.rectangle((x + one, y + one, x + w - 1 - one, y + h - 1 - one), outline=colour, width=line)
+            at, size = (x + 2 * line + 7 * line * i, y + line), 7 * line
+            draw.text(at, str(i + 1), fill=colour, font_size=size, stroke_width=one, stroke_fill="black")
         return out
 
     def check(self, take: int) -> None:
@@ -107,7 +130,8 @@ class Plan:
         sigmas = get_sigmas(settings.steps, editor.alphas_cumprod)[first:]
         with explain_oom(f"at {parent.image.width}x{parent.image.height} px: lower --resolution"):
             z_img, f = canvas.image_latent(settings.rescale, settings.iterate)
-            start = editor.scale_factor * images.to_latent(editor, self.pasted(take)).cpu()
+            pasted = graconet.paste(parent.image, self.inset.pixels, self.inset.mask, self.boxes[take])
+            start = editor.scale_factor * images.to_latent(editor, pasted).cpu()
             for step in editor.steps(
                 canvas.denoiser(z_img, asked, settings),
                 sigmas,
@@ -129,9 +153,11 @@ class Plan:
         self.record(take, kept=level)
 
     def record(self, take: int, **more) -> None:
-        """Note with the current state what was inserted."""
-        boxes = [list(box) for box in self.boxes]
-        self.canvas.state.inserted = {"caption": self.caption, "boxes": boxes, "taken": take} | more
+        """Note with the current state what was inserted, and where in the photo."""
+        boxes, state = [list(box) for box in self.boxes], self.canvas.state
+        state.inserted = {"caption": self.caption, "boxes": boxes, "taken": take} | more
+        if self.photo is not None and state.mask is not None:
+            state.given = images.union([self.photo.at_own_size(state.mask)], self.photo.photo.size)
 
     def _steps(self, take: int, steps: Iterator[Step]) -> Iterator[Step]:
         yield from steps
@@ -139,10 +165,10 @@ class Plan:
 
 
 def plan(
-    canvas: Canvas,
+    canvas: Canvas | Photo,
     inset: Picture | Inset,
     mask: Picture | None = None,
-    at: Sequence[int] | None = None,
+    at: images.Mask | None = None,
     proposals: int = 4,
     caption: str | None = None,
     seed: int | None = None,
@@ -150,18 +176,20 @@ def plan(
     proposer: graconet.GracoNet | None = None,
     captioner: Captioner | None = None,
 ) -> Plan:
-    """Where an inset could go in a canvas's picture, and what it shows.
+    """Where an inset could go in a canvas's or a photo's picture, and what it shows.
 
-    at: a box (x0, y0, x1, y1) in pixels of the opened picture, to decide that oneself. caption: likewise. seed: of the
-    proposals, None = the canvas's. format: with {caption} and, if it likes, {place}, see `FORMATS`; None = by the
-    model. proposer: anything with GracoNet's `propose`; None, as for the captioner: the small model's, where the editor
-    is the small one, and else an error. Raises EmilieError.
+    at: a box (x0, y0, x1, y1) in pixels of the opened picture, or a mask, to decide that oneself. caption: likewise.
+    seed: of the proposals, None = the canvas's. format: with {caption} and, if it likes, {place}, see `FORMATS`; None =
+    by the model. proposer: anything with GracoNet's `propose`; None, as for the captioner: the small model's, where the
+    editor is the small one, and else an error. Raises EmilieError.
     """
+    photo = canvas if isinstance(canvas, Photo) else None
+    canvas = canvas.canvas if isinstance(canvas, Photo) else canvas
     editor = canvas.editor
     inset = inset if isinstance(inset, Inset) else read_inset(inset, mask)
-    if inset.size[0] > canvas.image.width or inset.size[1] > canvas.image.height:
+    if inset.size[0] > canvas.original_size[0] or inset.size[1] > canvas.original_size[1]:
         size = f"{inset.size[0]}x{inset.size[1]} px"
-        note(f"the inset of {size} is larger than the working picture: it is scaled down to the place that it gets")
+        note(f"the inset of {size} is larger than the picture: it is scaled down to the place that it gets")
     boxes = [box_at(canvas, at)] if at is not None else propose(canvas, inset, proposals, seed, proposer)
     if caption is None:
         captioner = load_captioner(editor) if captioner is None else captioner
@@ -169,7 +197,7 @@ def plan(
     if not caption.strip():
         raise InstructionError("the caption is empty: say what the inset shows, as in --caption 'a red kite'")
     format = FORMATS[small_world(editor)] if format is None else format
-    made = Plan(canvas, inset, " ".join(caption.split()), boxes, format)
+    made = Plan(canvas, inset, " ".join(caption.split()), boxes, format, photo)
     try:
         made.instruction()
     except (KeyError, IndexError, ValueError, AttributeError) as error:
@@ -179,7 +207,7 @@ def plan(
     return made
 
 
-def insert(canvas: Canvas, inset: Picture, take: int = 0, keep: float | None = None, **options) -> Image.Image:
+def insert(canvas: Canvas | Photo, inset: Picture, take: int = 0, keep: float | None = None, **options) -> Image.Image:
     """Draw what an inset shows at a place that suits it, as an edit like any other, and return the picture.
 
     options: of `plan`, and fields of `Settings`; take: which proposal, from 0; keep: see `Plan.keep_steps`, None: what
@@ -226,18 +254,30 @@ def propose(
         raise CanvasError(f"the number of proposals is from 1 to {MOST}, not {printable(n, 40)}")
     proposer = load_proposer(canvas.editor) if proposer is None else proposer
     picture, seed = canvas.image, canvas.seed if seed is None else seed
-    boxes = proposer.propose(picture, inset.seen, inset.mask, n, seed)
+    boxes = [inside(box, picture.size) for box in proposer.propose(picture, inset.seen, inset.mask, n, seed)]
     factor = canvas.editor.vae.factor
     large = [box for box in boxes if min(box[2:]) >= factor]
     if len(large) < n:
         note(f"{n - len(large)} of {n} proposals are smaller than {factor}x{factor} px and are left out")
     if not large:
-        raise CanvasError("no free place: every proposal is too small to draw in; name a box with --at X0,Y0,X1,Y1")
+        raise CanvasError(f"no free place: every proposal is too small to draw in; {ASK}")
     if small_world(canvas.editor) and picture.size == (world.SIZE, world.SIZE):
         objects = judge.read(picture).scene.objects
         if all(any(covers(box, o) for o in objects) for box in large):
-            raise CanvasError("no free place: every proposal lies on an object; name a box with --at X0,Y0,X1,Y1")
+            raise CanvasError(f"no free place: every proposal lies on an object; {ASK}")
     return large
+
+
+def inside(box: Box, size: tuple[int, int]) -> Box:
+    """What of a box lies in a picture of (width, height), of no size where nothing does; what is cut off is told."""
+    x, y, w, h = box
+    x0, y0, x1, y1 = max(0, x), max(0, y), min(x + w, size[0]), min(y + h, size[1])
+    out = x0, y0, max(0, x1 - x0), max(0, y1 - y0)
+    if out != tuple(box):
+        note(
+            f"a proposal of {w}x{h} px at {x},{y} does not lie in the picture of {size[0]}x{size[1]} px and is cut off"
+        )
+    return out
 
 
 def covers(box: Box, o: world.Object) -> bool:
@@ -248,9 +288,12 @@ def covers(box: Box, o: world.Object) -> bool:
     return across and min(top + h, y + world.CELL - third) > max(top, y + third)
 
 
-def box_at(canvas: Canvas, at: Sequence[int]) -> Box:
-    """A box (x0, y0, x1, y1) in pixels of the opened picture as one in the working picture's. Raises MaskError."""
-    pixels, _ = canvas.read_mask(tuple(at))
+def box_at(canvas: Canvas, at: images.Mask) -> Box:
+    """A box (x0, y0, x1, y1) in pixels of the opened picture, or a mask's, as one in the working picture's.
+
+    Raises MaskError.
+    """
+    pixels, _ = canvas.read_mask(at)
     x0, y0, x1, y1 = pixels.getbbox()  # type: ignore[misc]  # an empty mask is refused
     return x0, y0, x1 - x0, y1 - y0
 

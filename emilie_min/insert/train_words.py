@@ -166,12 +166,15 @@ def moment(seed: int) -> tuple[world.Scene, str, world.Scene, world.Scene]:
 
 
 def inset(rng: random.Random, ground: str = "any", style: str | None = None) -> tuple[Image.Image, str]:
-    """A picture of one object, 32 to 64 px a side, and its caption. ground: "white", or "any"."""
+    """A picture of one object, 32 to 64 px a side, and its caption.
+
+    ground: "white"; "plain", one colour; "crop", out of a scene; or "any" of these, mostly white.
+    """
     shape, colour = rng.choice(SHAPES), rng.choice(COLOURS)
     caption = f"a {colour} {shape}"
     style = style or ("day" if rng.random() < 0.8 else rng.choice(world.STYLES))
     thing = world.Object(shape, colour, "top left", *(rng.randint(-world.JITTER, world.JITTER) for _ in range(2)))
-    kind = "white" if ground == "white" else rng.choices(("white", "plain", "crop"), (0.7, 0.12, 0.18))[0]
+    kind = rng.choices(("white", "plain", "crop"), (0.7, 0.12, 0.18))[0] if ground == "any" else ground
     if kind == "crop":  # out of a scene, the rectangle without a mask
         near = world.scene(rng.randrange(10**9) + FIRST_SEED)
         others = (o for o in near.objects if o.place != "top left")
@@ -280,15 +283,15 @@ def clip_batch(modules: nn.ModuleDict, instructions: float) -> Batch:
 
 
 def blip2_batch(modules: nn.ModuleDict) -> Batch:
-    """Half insets, half scenes."""
+    """Three insets a scene, whose caption is eight times as long; many on plain grounds, which are the hardest."""
     model, read = modules["model"], tokenizer(end=False)
 
     def batch(step: int) -> dict[str, Tensor]:
         rng = random.Random(f"blip2 {step}")
         pictures, texts, truth = [], [], []
         for i in range(CAPTIONS):
-            if i % 2:
-                picture, caption = inset(rng)
+            if i % 4:
+                picture, caption = inset(rng, "any" if rng.random() < 0.55 else "plain")
                 _, colour, shape = caption.split()
                 pictures.append(np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)))
                 truth.append(np.array([SHAPES.index(shape) + 1, COLOURS.index(colour) + 1] * 4 + [-100] * 2))

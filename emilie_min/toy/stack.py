@@ -10,10 +10,13 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from ..canvas.canvas import open
+from ..canvas.canvas import Canvas, open
+from ..canvas.stack import support
 from ..checkpoint.writing import write_bytes
 from ..emilie import Editor
 from ..loading import load
@@ -21,7 +24,7 @@ from . import world
 from .evaluate import FIRST, TURNS
 from .judge import judge
 
-HEAD, SEEDS = 5 * 10**5, 2000  # the first chain's seed after `FIRST`, which no other measure uses; tries at most
+HEAD, SEEDS = 8 * 10**5, 2000  # the first chain's seed after `FIRST`, which no other measure uses; tries at most
 
 
 def chain(editor: Editor, seed: int, masked: bool) -> dict | None:
@@ -44,7 +47,9 @@ def chain(editor: Editor, seed: int, masked: bool) -> dict | None:
         canvas = replace(canvas, at=top, states=canvas.states[: top + 1])  # neither way finds the other's states
         verdict = judge(canvas.retract(k + 1, way=way), right)
         out[way] = {"right": verdict.correct, "calls": canvas.state.made["calls"], "why": verdict.why}
-    out["kept"] = (canvas.latent == before).all(1).float().mean().item()
+    same = (canvas.latent == before).all(1)
+    out["kept"] = same.float().mean().item()
+    out["outside"] = outside(canvas, top, k, same)
     canvas.branch(top)
     canvas.hide(k + 1)
     canvas.show(k + 1)
@@ -52,14 +57,33 @@ def chain(editor: Editor, seed: int, masked: bool) -> dict | None:
     return out
 
 
+def outside(canvas: Canvas, top: int, k: int, same: Tensor) -> bool:
+    """Whether latent and picture are what they were, to the bit, wherever edit k, from 0, changed nothing."""
+    apart = support(canvas.states[k].latent, canvas.states[k + 1].latent)[1]
+    cells = ~apart[0, 0].numpy()
+    now, then = (np.asarray(image) for image in (canvas.image, canvas.states[top].image))
+    factor = canvas.editor.vae.factor
+    kept = (now == then).all(-1).reshape(cells.shape[0], factor, cells.shape[1], factor).all((1, 3))
+    return bool(same[0].numpy()[cells].all() and kept[cells].all())
+
+
+def interval(right: int, n: int) -> list[float]:
+    """Wilson's 95% interval of a share."""
+    z, p = 1.96, right / n
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return [round((middle + sign * half) / (1 + z * z / n), 3) for sign in (-1, 1)]
+
+
 def summary(rows: list[dict]) -> dict:
     def of(rows: list[dict]) -> dict:
         n = max(1, len(rows))
         found: dict = {"chains": len(rows), "edits after it": round(sum(row["replayed"] for row in rows) / n, 3)}
         for way in ("replay", "support"):
-            found[f"{way} right"] = round(sum(row[way]["right"] for row in rows) / n, 4)
+            right = sum(row[way]["right"] for row in rows)
+            found[f"{way} right"], found[f"{way} right, 95%"] = round(right / n, 4), interval(right, n)
             found[f"{way} network calls"] = round(sum(row[way]["calls"] for row in rows) / n, 2)
         found["of the latent kept to the bit"] = round(sum(row["kept"] for row in rows) / n, 3)
+        found["latent and picture outside the support, the same bits"] = round(sum(r["outside"] for r in rows) / n, 4)
         found["hidden and shown again, the same bits"] = round(sum(row["shown again"] for row in rows) / n, 4)
         return found
 
@@ -97,13 +121,15 @@ def table(done: dict) -> str:
         "",
         "Made by `python -m emilie_min.toy.stack notebooks/bench/stack.json`." + __doc__.split(".", 3)[-1].rstrip(),
         "Replaying makes every later edit anew. A network call is of all branches at one noise level; 12 are an edit.",
+        "In brackets: Wilson's 95% intervals.",
         "",
     ]
-    names = list(summary([]))[: list(summary([])).index("local")]
+    names = [name for name in summary([]) if name not in ("local", "global") and not name.endswith("95%")]
     lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for kind, found in done.items():
         for which, of in (("all", found), ("local edits", found["local"]), ("global edits", found["global"])):
-            lines.append(f"| {kind}: {which} | " + " | ".join(f"{of[name]:g}" for name in names) + " |")
+            told = [f"{of[name]:g} {of.get(f'{name}, 95%', '')}".strip() for name in names]
+            lines.append(f"| {kind}: {which} | " + " | ".join(told) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -90,10 +90,19 @@ class Caller:
 
     def edit(
         self, text, paint="", keep=False, crop=False, text_scale=1.5, image_scale=1.0, steps=2, seed=None,
-        gate="anchor", no="",
+        gate="anchor", no="", part=1,
     ) -> list:  # fmt: skip
         """The values of an edit."""
-        return [None, text, paint, keep, crop, text_scale, image_scale, steps, seed, gate, no]
+        return [None, text, paint, keep, crop, text_scale, image_scale, steps, seed, gate, no, part]
+
+    def insert(self, caption="", redrawn=1, keep=False) -> list:
+        """The values of an insertion."""
+        return [None, caption, redrawn, keep, *self.edit("")[5:]]
+
+    def arrive(self, number: int, name: str, content: bytes) -> str:
+        """Send a file and the event that takes it for an inset or its mask."""
+        assert self.upload(name, content) == 204
+        return self.do(number, [None, ""])
 
     def upload(self, name: str, content: bytes) -> int:
         return self.ask("POST", f"/open/{self.key}?name={quote(name, safe='')}", content)[0]

@@ -41,6 +41,20 @@ def test_the_command_takes_several_regions(photo, capsys):
     assert not ink[:, 280 + 97 : 280 + 159].any()
 
 
+def test_a_region_has_settings_of_its_own(photo, editor, capsys):
+    own = ["--own", "1.2=text_scale=2.5; seed=7;negative=make it night", "--own", "1.1=image_scale=0.5"]
+    also = ["--box", "1=0,0,24,64", "--also", f"1=40,0,64,64:{COMIC}", *own, "--text-scale", 2]
+    assert run("edit", photo, NIGHT, *also, *MODEL, capsys=capsys)[0] == 0
+    written = emilie.open("out/photo.canvas", editor).state
+    second = {"text_scale": 2.5, "seed": 7, "negative": "make it night"}
+    assert written.settings["own"] == [{"image_scale": 0.5}, second] and written.settings["text_scale"] == 2
+    for bad, why in [("1=seed=1", "whose and what"), ("1.1=seed", "whose and what"), ("1.3=seed=1", "no instruction 3"),
+                     ("1.1=steps=2", "own settings are"), ("1.1=seed=x", "seed must be a whole number"),
+                     ("2.1=seed=1", "of an edit 2")]:  # fmt: skip
+        code, _, err = run("edit", photo, NIGHT, "--own", bad, *MODEL, capsys=capsys)
+        assert code == 2 and why in err[0], err
+
+
 def test_the_command_keeps_the_background_of_all_regions(photo, capsys):
     regions = ["--box", "1=0,0,24,64", "--also", f"1=40,0,64,64:{COMIC}", "--keep-background"]
     assert run("edit", photo, NIGHT, *regions, *MODEL, capsys=capsys)[0] == 0

@@ -13,7 +13,7 @@ import emilie_min as emilie
 from emilie_min import loading
 from emilie_min.app import check
 from emilie_min.app.check import GREEN, RED, YELLOW, Subject
-from emilie_min.checkpoint import download
+from emilie_min.checkpoint import convert, download, reading
 from emilie_min.faster.fast import FastEditor
 
 SHIPPED = loading.shipped("toy.safetensors")
@@ -62,6 +62,31 @@ def swap(network, one: str, other: str) -> None:
         a[:], b[:] = b.clone(), a.clone()
 
 
+def scale(network) -> None:
+    for parameter in network.parameters():
+        parameter.data *= 2
+
+
+def exchanged(subject: Subject) -> None:
+    weight = subject.editor.unet.input_blocks[0][0].weight.data
+    weight[:] = weight.flip(1).clone()
+
+
+def of_another_training(subject: Subject) -> None:
+    """The text-to-image model's UNet, but for its first layer, which sees no picture."""
+    key = "model.diffusion_model."
+    other = {k.removeprefix(key): v.float() for k, v in load_file(loading.shipped("toy-t2i.safetensors")).items()}
+    for name, parameter in subject.editor.unet.named_parameters():
+        if name in other and other[name].shape == parameter.shape:
+            parameter.data = other[name]
+
+
+def shuffled_text(subject: Subject) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in subject.editor.text.parameters():
+        parameter.data = parameter.flatten()[torch.randperm(parameter.numel(), generator=generator)].view_as(parameter)
+
+
 def no_picture(subject: Subject) -> None:
     with torch.no_grad():
         subject.editor.unet.input_blocks[0][0].weight[:, 4:] = 0
@@ -89,7 +114,13 @@ def overflowing(subject: Subject) -> None:
 
 BROKEN = {  # what is done to good weights, and the checks that turn
     "a UNet of zeros": (lambda s: zero(s.editor.unet, ""), {"noise", "guidance"}),
-    "a UNet without its last layer": (lambda s: zero(s.editor.unet, "out.2"), {"noise", "guidance"}),
+    "a UNet without its last layer": (lambda s: zero(s.editor.unet, "out.2"), {"numbers", "noise", "guidance"}),
+    "a UNet without a block": (lambda s: zero(s.editor.unet, "middle_block.1."), {"numbers"}),
+    "a UNet twice as large": (lambda s: scale(s.editor.unet), {"noise"}),
+    "a UNet whose channels are exchanged": (exchanged, {"noise"}),
+    "a UNet of another training": (of_another_training, {"noise"}),
+    "a decoder of zeros": (lambda s: zero(s.editor.vae, "decoder."), {"numbers", "autoencoder"}),
+    "a text model that is shuffled": (shuffled_text, {"noise"}),
     "a UNet's tensors exchanged": (
         lambda s: swap(s.editor.unet, "input_blocks.1.0.in_layers.2.weight", "input_blocks.1.0.out_layers.3.weight"),
         {"noise"},
@@ -102,7 +133,7 @@ BROKEN = {  # what is done to good weights, and the checks that turn
     "a text model of zeros": (lambda s: zero(s.editor.text, "final_layer_norm"), {"text"}),
     "another tokenizer": (other_words, {"text"}),
     "half precision that overflows": (overflowing, {"half precision", "autoencoder"}),
-    "not a number": (lambda s: s.editor.unet.out[2].bias.data.fill_(float("nan")), {"noise"}),
+    "not a number": (lambda s: s.editor.unet.out[2].bias.data.fill_(float("nan")), {"numbers", "noise"}),
 }
 
 
@@ -114,6 +145,50 @@ def test_what_is_broken_is_red(name, subject):
     findings = {each: found(each, subject) for each in checks}
     assert {each for each, finding in findings.items() if finding.status == RED} == checks, findings
     assert all(len(finding.found.splitlines()) == 1 for finding in findings.values())
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_which_network_is_another_is_said(part, subject):
+    """Of the small model by what ships; of a converted file by what `convert` noted."""
+    subject.path = Path("other.safetensors")
+    assert check.which(subject).status == GREEN
+    next(getattr(subject.editor, part).parameters()).data.view(-1)[0] += 1
+    finding = check.which(subject)
+    assert finding.status == YELLOW and [name for name in check.PARTS.values() if name in finding.found] == [
+        check.PARTS[part]
+    ]
+
+
+def test_a_converted_file_that_changed_is_red(subject, tmp_path):
+    path = tmp_path / "w.safetensors"
+    convert.convert(SHIPPED, path)
+    notes = reading.metadata(path)
+    assert check.changed_since(path, notes) == [] == check.changed_since(SHIPPED, {})
+    for part, prefix in convert.PREFIXES.items():
+        state = load_file(path)
+        next(tensor for key, tensor in state.items() if key.startswith(prefix)).view(-1)[0] += 1
+        save_file(state, tmp_path / "changed.safetensors", notes)
+        assert check.changed_since(tmp_path / "changed.safetensors", notes) == [check.PARTS[part]]
+    subject.kind, subject.path = "ip2p", tmp_path / "changed.safetensors"
+    finding = check.which(subject)
+    assert finding.status == RED and "the text model changed since" in finding.found
+
+
+def test_a_text_model_that_does_not_know_which_words_are_alike_is_told(subject, monkeypatch):
+    subject.kind = "ip2p"
+    monkeypatch.setitem(check.SENTENCES, "ip2p", {})
+    for known, status in ((True, GREEN), (False, YELLOW)):
+        monkeypatch.setattr(check, "alike", lambda *_, known=known: known)
+        assert found("text", subject).status == status
+    monkeypatch.undo()
+    words = subject.editor.text.config.words
+    a, b, c = (subject.editor.context([words[i]])[0] for i in (0, 1, 2))
+    ends = {"one": a, "two": a + 0.01 * b, "other": c}
+    subject.editor.context = lambda texts: torch.stack([ends[text.split()[-1]] for text in texts])
+    row = torch.arange(77) + subject.editor.text.config.eos_token_id - 1  # which ends at its second place
+    subject.editor.text.tokenize = lambda texts: row.expand(len(texts), -1)
+    assert check.alike(subject.editor, "one", "two", "other")
+    assert not check.alike(subject.editor, "one", "other", "two")
 
 
 def test_an_outside_that_moves_is_red(subject, monkeypatch):
@@ -181,6 +256,7 @@ def test_a_kernel_that_computes_something_else_is_red(monkeypatch):
 def test_which_weights_they_are(shipped, tmp_path, monkeypatch):
     state, path = load_file(SHIPPED), tmp_path / "w.safetensors"
     subject = Subject(shipped, path, 64)
+    subject.kind = "ip2p"
     released = next(iter(download.RELEASED))
     for notes, status in (
         ({"sha256": released}, GREEN),

@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio.*"),
 ]
 LOAD, EDIT, SCENE, OPENED, UNDO, REDO, TREE, _, EXAMPLES = range(9)  # the page's events by their numbers
+INSET, INSET_MASK, PLACES, AWAY, INSERT = range(14, 19)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def spellings(path: Path) -> list:
 
 
 def test_no_event_takes_a_file_in_any_input(page, caller, secret):
-    good = {LOAD: [None], EDIT: caller.edit("make it night"), EXAMPLES: [0]}
+    good = {LOAD: [None], EDIT: caller.edit("make it night"), EXAMPLES: [0], INSERT: caller.insert()}
     files, tried = spellings(secret), 0
     for number, fn in page.fns.items():
         values = good.get(number, [None] * len(fn.inputs))
@@ -195,6 +196,46 @@ def test_uploads(caller, tmp_path, monkeypatch):
     assert caller.upload("large.png", b"x" * 2000) == 413
     assert "large.png did not arrive" in caller.do(OPENED, [None])
     assert list((tmp_path / "temp").iterdir()) == [] and caller.visitor.canvas is canvas
+
+
+def test_an_inset_goes_through_the_same_door(page, caller, secret, tmp_path, monkeypatch):
+    from pages import Caller
+
+    monkeypatch.setattr(door.tempfile, "tempdir", str(tmp_path / "temp"))
+    (tmp_path / "temp").mkdir()
+    assert "picture, then its mask" in caller.arrive(INSET_MASK, "mask.png", secret.read_bytes())
+    for event in (INSET, INSET_MASK):
+        assert "did not arrive" in caller.do(event, [None, ""])  # nothing was sent
+        assert caller.join(event, [None, {"path": str(secret), "meta": {"_type": "gradio.FileData"}}])[0] == 422
+        assert caller.join(event, [None, 1])[0] == 422
+    assert "no inset yet" in caller.do(PLACES, [None, str(secret), ""])  # a caption is no path
+    assert "no place is proposed" in caller.do(INSERT, caller.insert(), event_data={"state": "0"})
+    assert "failed here" in caller.do(INSERT, caller.insert(), event_data={"state": {"path": str(secret)}})
+    told = caller.arrive(INSET, "../kite.png", circle())
+    assert "kite.png is the inset" in told and "a red circle" in told and "/temp/" not in told
+    assert list((tmp_path / "temp").iterdir()) == []
+    inset = caller.visitor.inserting.inset
+    for name, content, why in (
+        ("a.png", b"", "cannot be read"),
+        ("b.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n", "b.eps cannot be read as a picture"),
+        ("c.canvas", b"\xff" * 99, "c.canvas cannot be read as a picture"),
+    ):
+        told = caller.arrive(INSET, name, content)
+        assert why in told and "/temp/" not in told and caller.visitor.inserting.inset is inset
+    assert "64x64 px and the picture 32x32" in caller.arrive(INSET_MASK, "m.png", secret.read_bytes())
+    other = Caller(page).enter()
+    assert "no inset yet" in other.do(PLACES, [None, "", ""]) and other.visitor.inserting.inset is None
+    assert "no place is proposed" in other.do(INSERT, other.insert(), event_data={"state": "0"})
+    assert "It shows" in caller.do(PLACES, [None, "", ""])
+    assert "there is no proposal 100000" in caller.do(INSERT, caller.insert(), event_data={"state": "99999"})
+    assert "Edit 1: add a red circle" in caller.do(INSERT, caller.insert(), event_data={"state": "0"})
+    assert "No inset" in caller.do(AWAY, [None]) and len(caller.visitor.canvas.states) == 2
+
+
+def circle() -> bytes:
+    scene, out = world.Scene("sand", "day", (world.Object("circle", "red", "top left"),)), io.BytesIO()
+    world.render(scene).crop((0, 0, 32, 32)).save(out, "PNG")
+    return out.getvalue()
 
 
 def test_an_upload_starts_no_program(caller, monkeypatch):

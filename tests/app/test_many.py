@@ -85,6 +85,8 @@ def test_a_batch_that_is_killed_goes_on(pictures, capsys):
     code, out, _ = run(*words, capsys=capsys)
     assert code == 0 and "1 are done already" in out and listing("o") == RESULTS
     assert all(path.read_bytes() == data for path, data in there.items())
+    assert run(*words[: -len(MODEL) - 1], "whole", *MODEL, capsys=capsys)[0] == 0
+    assert all(Path("o", name).read_bytes() == Path("whole", name).read_bytes() for name in RESULTS)
 
 
 def test_processes_of_torchrun_share_the_pictures(pictures, capsys, monkeypatch):

@@ -1,11 +1,19 @@
 """`emilie stack`: a session's edits changed from the command line."""
 
+import os
+import shutil
+import signal
+
 import numpy as np
 import pytest
+import torch
 from command import run
 from PIL import Image
 
 import emilie_min as emilie
+from emilie_min.canvas import images
+from emilie_min.canvas import session as sessions
+from emilie_min.canvas.canvas import Canvas
 
 MODEL = ["--weights", "random", "--config", "toy", "--device", "cpu"]
 
@@ -57,6 +65,35 @@ def test_what_cannot_be_is_told_and_changes_nothing(args, told, session, capsys)
     before = open("s.canvas", "rb").read()
     code, _, err = run("stack", "s.canvas", *args, *MODEL, capsys=capsys)
     assert code == 2 and told in err[-1] and open("s.canvas", "rb").read() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("place", "name"), [(Canvas, "picture"), (sessions, "_fill"), (images, "save")])
+def test_killed_in_a_change_the_session_is_whole_and_what_was_not_written_can_be_made_again(
+    place, name, session, editor, monkeypatch, capsys
+):
+    shutil.copy("s.canvas", "whole.canvas")
+    change = ["revise", 1, "make it night", "--everywhere", "--steps", 2, *MODEL]
+    assert run("stack", "whole.canvas", *change, capsys=capsys)[0] == 0
+    whole, do = emilie.open("whole.canvas", editor), getattr(place, name)
+    pid = os.fork()
+    if not pid:
+
+        def killed(*args):
+            if name != "save":  # that is after all is written
+                do(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(place, name, killed)
+        run("stack", "s.canvas", *change, capsys=capsys)
+        os._exit(1)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    if name != "save":
+        left = emilie.open("s.canvas", editor)
+        assert len(left.states) == len(session.states) and torch.equal(left.latent, session.latent)
+        assert run("stack", "s.canvas", *change, capsys=capsys)[0] == 0
+    again = emilie.open("s.canvas", editor)
+    assert torch.equal(again.latent, whole.latent) and again.image == whole.image and again.at == whole.at
 
 
 def test_what_is_no_session_is_told(photo, capsys):

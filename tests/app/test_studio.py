@@ -266,7 +266,9 @@ def test_small_paint_gets_the_advice(visit):
 
 
 def test_regions_wait_for_the_edit_and_go_in_one_pass(session):
-    assert "1 waiting: make it night" in session.add_region("make it night", painted((0, 0, 32, 32)))
+    assert "1 waiting, with the settings of now: make it night" in session.add_region(
+        "make it night", painted((0, 0, 32, 32))
+    )
     for bad in (("make it night", ""), ("", painted((0, 0, 32, 32)))):
         with pytest.raises(MaskError, match="needs both"):
             session.add_region(*bad)
@@ -275,6 +277,43 @@ def test_regions_wait_for_the_edit_and_go_in_one_pass(session):
     assert session.regions == []
     session.add_region("make it night", painted((0, 0, 32, 32)))
     assert session.clear_regions() == "No region is waiting" and session.regions == []
+
+
+def test_a_region_keeps_the_settings_that_were_set_when_it_was_added(session):
+    session.add_region("make it night", painted((0, 0, 32, 32)), text_scale=0.5, negative="", seed=0, gate="anchor")
+    edit(session, "make it day", painted((32, 32, 64, 64)), text_scale=2.0)
+    settings = session.canvas.state.settings
+    assert settings["own"] == [{}, {"text_scale": 0.5, "seed": 0}] and settings["text_scale"] == 2
+
+
+def test_an_edit_is_said_anew_and_the_later_ones_stay(session):
+    edit(session, "make it night", painted((0, 0, 24, 64)), text_scale=0.5)
+    session.add_region("make it night", painted((40, 0, 64, 32)), text_scale=0.75)
+    edit(session, "make it day", painted((40, 32, 64, 64)))
+    latent = session.canvas.latent
+    ((told, _, _),) = change(session, {"state": 1, "change": "revise"})
+    assert "Edit 1 is on the board" in told and session.paint == session.canvas.stack[0].mask
+    assert session.filled["text"] == "make it night" and session.filled["text_scale"] == 0.5
+    assert 'class="layer revised"' in stack_html(session)
+    with pytest.raises(CanvasError, match="is as it was"):
+        edit(session, "make it night", painted((0, 0, 24, 64)), text_scale=0.5)
+    assert session.revised == 1
+    told = edit(session, "turn it into a comic", painted((0, 0, 16, 64)))
+    assert "Edit 1 is made anew" in told and session.revised is None
+    first, second = session.canvas.stack
+    assert (first.instruction, first.depth) == ("turn it into a comic", 0) and first.mask.getbbox() == (0, 0, 16, 64)
+    assert (session.canvas.latent == latent)[..., 6:].all() and not (session.canvas.latent == latent).all()
+    list(change(session, {"state": 2, "change": "revise"}))
+    assert session.regions == [("make it night", second.regions[1][1], {"text_scale": 0.75})]
+    assert "stays" in session.take_up(2) and session.regions == []
+    session.take_up(1)
+    edit(session, "turn it into a comic", painted((0, 0, 16, 64)), text_scale=0.25, part=0.5)
+    assert session.canvas.stack[0].settings["scrubbed"]["step"] == 1
+    assert session.canvas.stack[0].settings["text_scale"] == 0.25
+    session.take_up(2)
+    session.undo()
+    assert session.revised is None and session.regions == []
+    assert "data-paint" in visitor.picture_html(session)
 
 
 def test_where_an_instruction_would_act_is_painted(session):
@@ -609,14 +648,58 @@ def test_a_person_hides_weakens_drags_and_takes_out_edits(person):
     assert [state.instruction for state in canvas.stack] == ["make it night"]
     person.click("#undo")
     person.until(lambda: len(person.all("#stack .layer")) == 2)
+    person.click("#stack [data-change=revise]")
+    person.until(lambda: person.all("#stack .revised") and person.all("#go")[0].text == "Revise edit 1")
+    assert person.all("textarea")[0].get_attribute("value") == "make it day"
+    person.say("turn it into a comic")
+    person.click("#go")
+    person.until(lambda: "Edit 1 is made anew" in person.told and person.all("#go")[0].text == "Edit")
+    assert [state.instruction for state in canvas.stack] == ["turn it into a comic", "make it night"]
+
+
+@in_browser
+def test_a_person_drops_an_object_and_clicks_a_place(person, tmp_path):
+    scene = world.Scene("sand", "day", (world.Object("square", "blue", "top left"),))
+    world.render(scene).save(tmp_path / "base.png")
+    world.render(world.Scene("sand", "day", (world.Object("star", "pink", "top left"),))).crop((0, 0, 32, 32)).save(
+        tmp_path / "kite.png"
+    )
+    session = person.visit()
+    person.upload(tmp_path / "base.png")
+    person.until(lambda: "base.png is open" in person.told)
+    person.click("#insert button")
+    person.until(lambda: person.all("#inset .none"))
+    person.all("#inset input[type=file]")[0].send_keys(str(tmp_path / "kite.png"))
+    person.until(lambda: 'It shows "a pink star"; 4 places' in person.told)
+    person.until(lambda: person.all("#caption input, #caption textarea")[0].get_attribute("value") == "a pink star")
+    person.until(lambda: len(person.all("#picture .place")) == 4)
+    board, places = person.all("#picture canvas")[0].rect, person.all("#picture .place")
+    for place in places:
+        x, y, w, h = session.inserting.plan.boxes[int(place.get_attribute("data-place"))]
+        assert abs(place.rect["x"] - board["x"] - x * board["width"] / 64) < 2
+        assert abs(place.rect["height"] - h * board["height"] / 64) < 2
+    asked = session.inserting.plan.instruction(int(places[-1].get_attribute("data-place")))
+    places[-1].click()
+    person.until(lambda: person.told.startswith(f"Edit 1: {asked}"))
+    person.until(lambda: np.array_equal(person.shown(), session.view()) and not person.all("#picture .place"))
+    person.click("#undo")
+    person.until(lambda: len(person.all("#picture .place")) == 4)
+    person.click("[data-tool=box]")  # they are no longer in the way
+    assert not person.all("#picture .place")
+    person.drag((34, 34), (60, 60))
+    person.click("#places")
+    person.until(lambda: len(person.all("#picture .place")) == 1 and session.inserting.plan.boxes == [(34, 34, 26, 26)])
+    person.click("#away")
+    person.until(lambda: person.all("#inset .none") and not person.all("#picture .place"))
 
 
 def test_what_the_stack_is_asked_is_checked(session):
     list(session.edit("make it night", steps=1))
     at = session.canvas.at
-    for asked in (None, {}, {"state": "1"}, {"state": "9", "change": "hide"}, {"state": "1", "change": "forget"}):
+    for asked in (None, {}, {"state": "1"}, {"state": "9", "change": "hide"}, {"state": "1", "change": "forget"},
+                  {"state": "9", "change": "revise"}):  # fmt: skip
         with pytest.raises(EmilieError):
             list(change(session, asked))
     assert session.canvas.at == at
     list(change(session, {"state": "1", "change": "retract", "value": "0"}))
-    assert session.canvas.stack == [] and stack_html(session.canvas) == "" == stack_html(None)
+    assert session.canvas.stack == [] and stack_html(session) == ""

@@ -15,6 +15,8 @@ from emilie_min.bench import metrics
 from emilie_min.bench.data import Turn
 from emilie_min.bench.metrics import (
     METRICS,
+    SHARE,
+    SHARES_APART,
     BlipScorer,
     ClipScorer,
     Edit,
@@ -618,21 +620,46 @@ def test_every_metric_says_what_it_is():
 
 def test_the_interval_is_that_of_the_mean():
     values = np.random.default_rng(0).normal(3, 2, 400)
-    got = bootstrap({str(i): [v] for i, v in enumerate(values)})
+    got = bootstrap({str(i): [v] for i, v in enumerate(values)}, 3000)
     half = 1.96 * values.std() / 20
     assert got.mean == pytest.approx(values.mean()) and (got.items, got.missing) == (400, 0)
-    assert got.low == pytest.approx(values.mean() - half, abs=0.01)
-    assert got.high == pytest.approx(values.mean() + half, abs=0.01)
-    assert (
-        got
-        == bootstrap({str(i): [v] for i, v in enumerate(values)})
-        != bootstrap(dict(enumerate(values[:, None])), seed=1)
-    )
+    assert got.low == pytest.approx(values.mean() - half, abs=0.02)
+    assert got.high == pytest.approx(values.mean() + half, abs=0.02)
+    again, other = (bootstrap({str(i): [v] for i, v in enumerate(values)}, 3000, seed) for seed in (0, 1))
+    assert got == again != other
 
 
 def test_the_interval_is_a_percentile_interval_not_a_symmetric_one():
-    few = bootstrap({"a": [0], "b": [0], "c": [0], "d": [1]})  # the mean of 4 draws: binomial, 256 equally likely cases
-    assert (few.mean, few.low, few.high) == (0.25, 0, 0.75)  # P(>= 3 of 4) = 13/256 > 2.5%, P(4 of 4) = 1/256
+    few = bootstrap(dict(enumerate([[0]] * 19 + [[1]])))  # a bound is a count of 20, Binomial(20, 0.05)
+    assert (few.mean, few.low, few.high) == (0.05, 0, 0.15)  # P(4 or more) = 1.6%, below the tail of 20 items, 1.9%
+
+
+@pytest.mark.parametrize(("right", "per_item"), [(0.97, 1), (0.8, 1)])
+def test_the_interval_of_a_share_holds_the_truth(right, per_item):
+    """In 95 of 100 samples of 40 items, or nearly: without the pseudo-items it has no width where all are right."""
+    rng = np.random.default_rng(0)
+    samples = [(rng.random((40, 1)) < right) * np.ones(per_item) for _ in range(100)]
+    shares = [bootstrap(dict(enumerate(sample)), 300, pseudo=SHARE) for sample in samples]
+    assert np.mean([got.low <= right <= got.high for got in shares]) >= 0.93
+    assert all(got.low <= got.mean <= got.high for got in shares)
+    bare = [bootstrap(dict(enumerate(sample)), 300) for sample in samples]
+    assert right < 0.9 or np.mean([got.low <= right <= got.high for got in bare]) < 0.8
+
+
+def test_the_interval_of_a_difference_of_shares_holds_the_truth():
+    rng = np.random.default_rng(1)
+    held = []
+    for _ in range(100):
+        a, b = (dict(enumerate((rng.random((40, 1)) < right).astype(float))) for right in (0.995, 0.96))
+        got = paired_bootstrap(a, b, 300, pseudo=SHARES_APART)
+        held.append(got.low <= 0.035 <= got.high)
+    assert np.mean(held) >= 0.93
+
+
+def test_the_interval_of_few_skewed_values_holds_the_truth():
+    rng = np.random.default_rng(2)
+    found = [bootstrap(dict(enumerate(rng.gamma(2, size=(10, 1)))), 500) for _ in range(300)]
+    assert np.mean([got.low <= 2 <= got.high for got in found]) >= 0.89  # plain percentiles: 0.86
 
 
 def test_values_of_one_item_are_drawn_together():

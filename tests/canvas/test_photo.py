@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from emilie_min.canvas.canvas import open as open_canvas
 from emilie_min.canvas.photo import Photo, crop_box, is_small, open_photo
 from emilie_min.errors import CanvasError, MaskError
 from emilie_min.toy import judge, world
@@ -93,6 +94,57 @@ def test_a_large_photo_with_a_small_mask(editor):
     assert np.array_equal((np.asarray(of.image) != np.asarray(photo)).any(-1), changed)
 
 
+@pytest.mark.parametrize("size", [60, 1001])
+def test_a_photo_of_4000_px_goes_on_from_a_file(size, editor, tmp_path):
+    """A mask of 60 px in a crop, and a large one in the whole: as if never saved; outside the masks every bit stays."""
+    pixels = np.random.default_rng(0).integers(0, 255, (330, 4000, 3), dtype=np.uint8)
+    masks = [np.zeros((330, 4000), np.uint8) for _ in range(2)]
+    for mask, x in zip(masks, (2001, 2013)):
+        mask[101 : 101 + size, x : x + size] = 255
+        mask[101 : 101 + size // 5, x : x + size // 3] = 0  # a corner that no cell has
+    photo, path = Image.fromarray(pixels), tmp_path / "photo.canvas"
+    alone = open_photo(photo, editor)
+
+    def go_on(of: Photo, number: int) -> None:
+        if size == 60:
+            of.aim([masks[number]])
+        for _ in of.steps([("make it night", masks[number])], steps=2):
+            pass
+
+    def reopened() -> Photo:
+        return Photo(photo, open_canvas(path, editor))
+
+    def outside(of: Photo, *shown: np.ndarray) -> bool:
+        moved = (np.asarray(of.image) != pixels).any(-1)
+        inside = np.any([mask > 0 for mask in shown], 0)
+        return not moved[~inside].any() and moved[inside].mean() > 0.7
+
+    go_on(alone, 0)
+    alone.canvas.save(path)
+    again = reopened()
+    assert (alone.box == (0, 0, 4000, 330)) == (size > 60) and outside(again, masks[0])
+    assert again.image.tobytes() == alone.image.tobytes()
+    for of in (alone, again):
+        go_on(of, 1)
+    assert again.image.tobytes() == alone.image.tobytes() and outside(again, *masks)
+    again.canvas.hide(1)
+    assert outside(again, masks[1])
+    again.canvas.save(path)
+    again = reopened()
+    assert outside(again, masks[1])
+    again.canvas.strength(2, 0.5)
+    assert outside(again, masks[1])
+    again.canvas.revise(2, mask=masks[0])
+    assert outside(again, masks[0])
+    again.canvas.undo()
+    again.undo()
+    assert outside(again, masks[1])
+    again.canvas.branch(1)
+    assert outside(again, masks[0])
+    again.canvas.branch(0)
+    assert again.image.tobytes() == photo.tobytes()
+
+
 def test_crops_lie_in_the_photo_and_hold_the_mask():
     for mask in ((0, 0, 10, 10), (390, 290, 400, 300), (100, 0, 300, 300), (0, 0, 400, 300), (195, 145, 205, 155)):
         x0, y0, x1, y1 = crop_box(mask, (400, 300), 64)
@@ -108,3 +160,52 @@ def test_what_cannot_be_cropped_is_told(many, editor):
     with pytest.raises(CanvasError, match="needs a mask"):
         photo.aim([None])
     assert photo.canvas.at == 0 and photo.box == (0, 0, 256, 256)
+
+
+def test_a_changed_stack_at_the_photos_size(editor):
+    """Outside the masks that show it is the photo, to the bit; what is taken out, hidden or moved away is it again."""
+    image = world.render(world.scene(3)).resize((150, 150))
+    photo, before = open_photo(image, editor), np.asarray(image)
+    left, right = (0, 0, 50, 150), (100, 0, 150, 150)
+    for box in (left, right):
+        for _ in photo.steps([("make it night", box)], steps=1):
+            pass
+    both, canvas = np.asarray(photo.image), photo.canvas
+
+    def same(a, b) -> list[bool]:
+        return [bool((a[:, part] == b[:, part]).all()) for part in (slice(0, 50), slice(50, 100), slice(100, 150))]
+
+    assert same(both, before) == [False, True, False]
+    for change, kept in [
+        (lambda: canvas.hide(1), [True, True, False]),
+        (lambda: canvas.move(1, 2), [True, True, False]),
+        (lambda: canvas.retract(1), [True, True, True]),
+        (lambda: canvas.show(1), [False, True, True]),
+        (lambda: canvas.revise(1, mask=(0, 0, 30, 30), text_scale=2.0), [False, True, True]),
+        (lambda: canvas.retract(1), [True, True, True]),
+    ]:
+        change()
+        assert same(np.asarray(photo.image), before) == kept
+        if change and kept == [True, True, False]:
+            assert same(np.asarray(photo.image), both) == [False, True, True]
+    photo.undo()
+    after = np.asarray(photo.image)
+    assert (after[31:] == before[31:]).all() and (after != before).any()
+
+
+def test_a_changed_stack_in_a_crop(editor):
+    """The crop's edits are its stack; those before it are in the picture that it was cut from."""
+    image = world.render(world.scene(3)).resize((200, 200))
+    photo = open_photo(image, editor)
+    edit(photo, "make it night", (0, 0, 60, 60), steps=1)
+    edit(photo, "make it day", (140, 140, 200, 200), steps=1)
+    assert len(photo.earlier) == 1 and len(photo.canvas.stack) == 1
+    before = np.asarray(photo.image)
+    photo.canvas.retract(1)
+    after = np.asarray(photo.image)
+    assert (after == np.asarray(photo.photo)).all() and (after[:140, :140] == before[:140, :140]).all()
+    assert (after[140:, 140:] == np.asarray(image)[140:, 140:]).all() and (after != np.asarray(image)).any()
+    with pytest.raises(CanvasError, match="the stack has none"):
+        photo.canvas.retract(1)
+    photo.undo()
+    assert (np.asarray(photo.image) == before).all()

@@ -8,6 +8,7 @@ import resource
 import shutil
 import sqlite3
 import warnings
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -250,6 +251,10 @@ def spoiled(about: dict, tensors: dict) -> dict[str, Callable]:
     ways["another picture size"] = put(tensors, "0.image", tensors["0.image"][:32].clone())
     ways["a picture of floats"] = put(tensors, "2.image", tensors["2.image"].float())
     ways["halves"] = put(tensors, "2.latent", tensors["2.latent"].half())
+    whole, longer, cut = zlib.compress(bytes(8 * 64)), zlib.compress(bytes(8 * 65)), zlib.compress(bytes(8 * 64))[:-5]
+    for at, data in ((0, whole), (2, longer), (2, cut), (2, b"none"), (2, whole + b"more")):
+        packed = torch.frombuffer(bytearray(data), dtype=torch.uint8)[None]
+        ways[f"a photo's mask of {at}: {data!r}"] = put(tensors, f"{at}.given", packed)
     for key in ("2.latent", "z_init", "z_img"):
         for value in (math.inf, math.nan):
             ways[f"{key} {value}"] = lambda key=key, value=value: tensors[key][0, 1, 2].fill_(value)

@@ -1,11 +1,13 @@
 """The stack: any edit can be taken back, hidden, moved, weakened or changed, and the others stay, to the bit."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import emilie_min as emilie
 from emilie_min.canvas import stack
-from emilie_min.canvas.stack import Walk, layers, support
+from emilie_min.canvas.stack import Walk, kept, layers, support
 from emilie_min.emilie import Editor
 from emilie_min.errors import CanvasError, EmilieError, InstructionError, MaskError
 from emilie_min.sampling import anchor, get_sigmas, noise_stream, sample_euler_ancestral
@@ -14,6 +16,7 @@ from emilie_min.toy.judge import judge
 
 FAST = {"steps": 2}
 LEFT, RIGHT, TOP = (0, 0, 24, 64), (40, 0, 64, 64), (0, 0, 64, 16)
+OTHERS = world.Object("circle", "red", "top right"), world.Object("cross", "purple", "bottom right")
 LEFT_CELLS, RIGHT_CELLS = slice(0, 6), slice(10, 16)
 
 
@@ -113,6 +116,8 @@ def test_replaying_is_what_the_edits_would_have_been_at_their_depths(three, coun
         for _ in plain.run(plain.asked([text], [mask], [{}], settings), settings, depth):
             pass
     assert torch.equal(three.latent, plain.latent)
+    three.retract(1)
+    assert [state.depth for state in three.stack] == [2]  # also of what was made anew
 
 
 def test_strength_is_the_way_from_before_to_after(three):
@@ -197,6 +202,23 @@ def test_support_is_where_latents_are_apart_and_a_cell_around():
     assert not support(a, a)[1].any() and support(a, a + 0.02)[1].all()  # little, but everywhere
 
 
+def test_an_inset_that_was_kept_is_never_drawn_anew(three):
+    """It is no edit by its words: its state is all that there is of it."""
+    three.states[3].inserted = {"caption": "a day", "boxes": [[0, 0, 64, 64]], "taken": 0, "kept": 0.2}
+    before = three.latent
+    three.retract(1)
+    assert three.editor.calls == 0 and three.state.inserted == three.states[3].inserted
+    assert torch.equal(three.latent[..., 6:], before[..., 6:])
+    with pytest.raises(CanvasError, match="was kept"):
+        three.retract(1, way="replay")
+    three.states[3].inserted = {"caption": "a day", "boxes": [[0, 0, 64, 64]], "taken": 0}
+    three.branch(3)
+    three.retract(1)
+    assert three.editor.calls > 0 and three.state.inserted == three.states[3].inserted  # drawn by its words
+    three.revise(2, instruction="make it night")
+    assert three.state.inserted is None
+
+
 def test_several_regions_in_a_stack(three):
     three.edit([("make it night", LEFT, {"text_scale": 0.5}), ("make it day", RIGHT)], **FAST)
     latent = three.latent
@@ -216,12 +238,50 @@ def test_the_shipped_model_without_the_first_edit(shipped):
     canvas.edit(f"make the {other.shape} purple")
     before = canvas.latent
     canvas.retract(1)
-    assert canvas.state.made["calls"] == 0 and told(canvas) == [f"make the {other.shape} purple"]
+    assert canvas.state.made["calls"] == 1 and told(canvas) == [f"make the {other.shape} purple"]  # acts it there?
     moved = (canvas.latent != before).any(1)[0]
     assert 0.05 < moved.float().mean() < 0.4
     right = world.Scene(scene.background, scene.style, (one, world.replace(other, colour="purple")))
     assert judge(canvas.image, right).correct
     assert len(Walk(canvas, "support").layers) == len(canvas.states) - 1 and len(layers(canvas)) == 1
+
+
+def test_what_comes_back_is_given_the_look_that_the_others_have(shipped):
+    """Where it was, there was nothing to draw as a comic."""
+    scene = world.Scene("grass", "day", (world.Object("star", "pink", "bottom left"), *OTHERS))
+    canvas = emilie.open(world.render(scene), shipped)
+    canvas.edit("remove the star", world.mask("bottom left"))
+    canvas.edit("turn it into a comic")
+    canvas.retract(1)
+    assert judge(canvas.image, world.replace(scene, style="comic")).correct
+    assert canvas.state.made["calls"] == 7
+
+
+def test_the_picture_stays_where_the_latent_does(counting):
+    canvas = emilie.open(world.render(world.scene(3)), counting, seed=5)
+    canvas.edit("make it night", LEFT, **FAST)
+    canvas.edit("turn it into a comic", RIGHT, keep_background=True, **FAST)
+    before = np.asarray(canvas.image)
+    canvas.retract(1)
+    after, first = np.asarray(canvas.image), np.asarray(canvas.states[0].image)
+    assert (after[:, 42:] == before[:, 42:]).all() and (after[:, :40] == first[:, :40]).all()  # which that kept
+    canvas.branch(1)
+    canvas.edit("turn it into a comic", RIGHT, **FAST)
+    before = np.asarray(canvas.image)
+    canvas.strength(1, 0.5)
+    after = np.asarray(canvas.image)
+    assert (after[:, 24:] == before[:, 24:]).all() and (after[:, :24] != before[:, :24]).any()
+
+
+def test_the_rest_of_a_picture_is_shifted_by_the_tint_it_is_apart():
+    old = Image.new("RGB", (16, 16), (100, 150, 200))
+    new = Image.new("RGB", (16, 16), (90, 155, 200))
+    state, latent = emilie.canvas.state.State("", torch.zeros(1, 4, 4, 4), old), torch.zeros(1, 4, 4, 4)
+    latent[..., 0, 0] = 1
+    new.paste((10, 20, 30), (0, 0, 2, 2))
+    out = kept(new, latent, state)
+    assert out.getpixel((0, 0)) == (20, 15, 30) and out.getpixel((9, 9)) == (100, 150, 200)
+    assert kept(new, latent + 2, state) is new
 
 
 def test_scrubbed_is_a_whole_edit_that_changes_at_that_step(counting):

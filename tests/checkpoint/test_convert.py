@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_reading import load, parameters, same, without
 
 from emilie_min.checkpoint import download, reading
-from emilie_min.checkpoint.convert import convert
+from emilie_min.checkpoint.convert import PREFIXES, convert, digests
 from emilie_min.checkpoint.info import info
 from emilie_min.checkpoint.reading import EMA, RAW
 from emilie_min.errors import CheckpointError, ConfigError
@@ -138,7 +138,9 @@ def test_convert(small_ckpt, small_safetensors, small_state, small_config, netwo
     text = convert(small_ckpt if kind == "ckpt" else small_safetensors, path, dtype, SMALL)
     assert "EMA weights" in text and str(path) in text and "\n" not in text
     with safe_open(path, "pt") as f:  # the library's own checks of the header
-        assert f.metadata() == {"format": "pt", "source": f"small.{kind}", "family": "EMA"}
+        notes = {key: value for key, value in f.metadata().items() if not key.startswith("sha256.")}
+        assert notes == {"format": "pt", "source": f"small.{kind}", "family": "EMA"}
+        assert digests(f.keys(), f.get_tensor) == {part: f.metadata()[f"sha256.{part}"] for part in PREFIXES}
     out = load_file(path)
     assert not any(key.startswith(EMA) for key in out)
     for key, shadowed in manifest("small_manifest")["ema_of"].items():

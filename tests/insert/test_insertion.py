@@ -29,6 +29,13 @@ def thing(shape="circle", colour="red", style="day"):
     return Image.fromarray(np.concatenate([pixels, alpha], 2))
 
 
+def speck():
+    """One pixel that can be seen."""
+    out = Image.new("RGBA", (32, 32))
+    out.putpixel((9, 9), (200, 0, 0, 255))
+    return out
+
+
 def base(*places):
     """A scene with a square in each of these places."""
     colours = list(world.COLOURS)[1:]
@@ -66,8 +73,9 @@ def test_the_mask_is_the_one_given_or_alpha_or_the_rectangle():
     [
         (Image.new("RGB", (1, 1)), None, ImageError, "1x1 px shows nothing"),
         (Image.new("RGBA", (20, 20)), None, ImageError, "transparent everywhere"),
-        (thing(), Image.new("L", (9, 9), 255), MaskError, "--inset-mask: .*9x9 px"),
-        (thing(), Image.new("L", (32, 32)), MaskError, "--inset-mask: .*empty"),
+        (speck(), None, ImageError, "object has 1x1 px and shows nothing"),
+        (thing(), Image.new("L", (9, 9), 255), MaskError, "the inset's mask: .*9x9 px"),
+        (thing(), Image.new("L", (32, 32)), MaskError, "the inset's mask: .*empty"),
     ],
 )
 def test_insets_that_show_nothing_are_refused(inset, mask, error, why):
@@ -76,7 +84,7 @@ def test_insets_that_show_nothing_are_refused(inset, mask, error, why):
 
 
 def test_a_large_inset_is_told_of(canvas):
-    with pytest.warns(UserWarning, match="90x90 px is larger than the working picture"):
+    with pytest.warns(UserWarning, match="90x90 px is larger than the picture"):
         plan(canvas, thing().resize((90, 90)), caption="a red circle")
 
 
@@ -109,6 +117,11 @@ def test_any_proposer_will_do_and_boxes_that_vanish_are_left_out(canvas):
     with pytest.warns(UserWarning, match="1 of 2 proposals are smaller"):
         planned = plan(canvas, thing(), caption="a kite", proposals=2, proposer=Fixed((0, 0, 1, 9), (33, 33, 20, 20)))
     assert planned.boxes == [(33, 33, 20, 20)] and planned.instruction() == "add a kite at the bottom right"
+    with pytest.warns(UserWarning, match="40x9 px at -8,60 does not lie in the picture of 64x64 px and is cut off"):
+        planned = plan(canvas, thing(), caption="a kite", proposals=1, proposer=Fixed((-8, 60, 40, 9)))
+    assert planned.boxes == [(0, 60, 32, 4)]
+    with pytest.warns(UserWarning), pytest.raises(CanvasError, match="no free place: every proposal is too small"):
+        plan(canvas, thing(), caption="a kite", proposals=1, proposer=Fixed((99, 0, 20, 20)))
     with pytest.warns(UserWarning), pytest.raises(CanvasError, match="no free place: every proposal is too small"):
         plan(canvas, thing(), caption="a kite", proposals=1, proposer=Fixed((0, 0, 1, 9)))
 
@@ -278,11 +291,12 @@ def test_three_columns_come_out(files, capsys):
     ("args", "why"),
     [
         (["--take", "5"], "there are proposals 1 to 4"),
+        (["--proposals", "0"], "--proposals 0: one at least"),
         (["--at", "1,2,3"], "a box is four whole numbers"),
         (["--graconet", "base.png"], "base.png"),
         (["--graconet", "none.pth"], "no weights at none.pth"),
         (["--blip2", "."], "is no whole BLIP-2"),
-        (["--inset-mask", "base.png"], "--inset-mask"),
+        (["--inset-mask", "base.png"], "the inset's mask: "),
         (["--steps", "0"], "steps"),
     ],
 )

@@ -63,7 +63,7 @@ def test_what_is_not_as_described_is_told_with_its_line(opa, row, why):
 
 def test_an_inset_that_cannot_be_used_is_told(opa):
     Image.new("L", (5, 5), 255).save("opa/foreground/apple_pie/mask_11.jpg")
-    with pytest.raises(BenchError, match="inset-mask"):
+    with pytest.raises(BenchError, match="the inset.s mask"):
         import_("opa", "opa", "bench")
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from emilie_min.insert import evaluate, graconet, pairs, train_graconet, train_words
 from emilie_min.insert.caption import Captioner
-from emilie_min.loading import shipped
+from emilie_min.loading import shipped as shipped_file
 from emilie_min.toy import world
 
 
@@ -72,7 +72,7 @@ def test_the_small_graconet_is_trained_and_gone_on_with(tmp_path, capsys):
 
 @pytest.mark.parametrize("what", ["blip2", "clip"])
 def test_the_small_readers_are_trained_and_gone_on_with(tmp_path, capsys, what):
-    first, again, ours = tmp_path / "a", tmp_path / "b", shipped("toy-blip2/config.json").parent
+    first, again, ours = tmp_path / "a", tmp_path / "b", shipped_file("toy-blip2/config.json").parent
     eyes = ["--eyes", str(ours)] if what == "clip" else []
     train_words.main([what, str(first), *eyes, "--minutes", "1e-9"])
     more = ["--instructions", "1"] if what == "clip" else []
@@ -80,7 +80,7 @@ def test_the_small_readers_are_trained_and_gone_on_with(tmp_path, capsys, what):
     a, b = (load_file(folder / "model.safetensors") for folder in (first, again))
     assert a.keys() == b.keys() and sum(v.numel() for v in a.values()) < 10**6
     assert any(not torch.equal(a[k], b[k]) for k in a)
-    theirs = load_file(shipped(f"toy-{what}/config.json").parent / "model.safetensors")
+    theirs = load_file(shipped_file(f"toy-{what}/config.json").parent / "model.safetensors")
     assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in a.items()}
     if what == "blip2":
         assert isinstance(Captioner(again, "cpu")(world.render(world.scene(0))), str)
@@ -88,7 +88,7 @@ def test_the_small_readers_are_trained_and_gone_on_with(tmp_path, capsys, what):
 
 def test_the_shipped_figures_reach_their_goals():
     """`toy-insert.eval.json`, which `emilie_min.insert.evaluate` wrote."""
-    found = json.loads(shipped("toy-insert.eval.json").read_text())
+    found = json.loads(shipped_file("toy-insert.eval.json").read_text())
     first, second = found["graconet"]["as it is"], found["insertion"]
     assert first["pairs"] == second["pairs"] == 200
     assert first["first proposal right"] >= 0.95 > 0.6 > found["graconet"]["chance"]["first proposal right"]
@@ -98,9 +98,28 @@ def test_the_shipped_figures_reach_their_goals():
 
 
 def test_the_shipped_proposer_still_does_what_its_figures_say():
-    net = graconet.load(shipped("toy-graconet.safetensors"))
+    net = graconet.load(shipped_file("toy-graconet.safetensors"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = evaluate.proposals(net, 40)
     reached, several = found["pairs of several free places where 8 codes reach more than one"]
     assert found["first proposal right"] >= 0.925 and reached >= 0.9 * several
+
+
+def test_what_keeping_costs_is_measured(shipped):
+    """The paste has the inset's colour and not the scene's style, a new object the other way round, a level between."""
+    found = evaluate.keeping(shipped, 1, levels=(0.1, 0.5))
+    colour, style = found["another colour"], found["another style"]
+    off = [colour[how]["off"] for how in ("paste", "keep 0.1", "keep 0.5", "new object")]
+    assert off[0] < 1 < off[1] < off[2] and abs(off[3] - off[2]) < 5
+    assert style["paste"]["right"] == 0 and style["new object"]["right"] == 1
+    assert style["paste"]["off"] > style["keep 0.5"]["off"]
+
+
+def test_keeping_alone_leaves_the_other_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "load", lambda device: None)
+    monkeypatch.setattr(evaluate, "keeping", lambda editor, n: {"pairs": n})
+    out = tmp_path / "a.json"
+    out.write_text('{"blip2": {}, "keep": {"pairs": 30}}')
+    evaluate.main(["--keep", "7", "--out", str(out)])
+    assert json.loads(out.read_text()) == {"blip2": {}, "keep": {"pairs": 7}} == json.loads(capsys.readouterr().out)

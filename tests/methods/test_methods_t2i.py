@@ -477,8 +477,9 @@ def test_diffedit_is_told_what_the_picture_shows_before(editor, chain):
     seen = []
     method = DiffEdit(editor, steps=2, maps=1)
     method.find_mask = lambda work, t: seen.append(work.before) or torch.ones_like(work.source[:, :1])
-    method.edit(chain, asked)
-    assert seen == [BEFORE] and not torch.equal(made.latent, blind.latent)
+    second = method.edit(method.edit(chain, asked), Request("", caption=BEFORE, before=AFTER))
+    assert seen == [BEFORE, AFTER] == [request.before for request in second.requests]
+    assert not torch.equal(made.latent, blind.latent)
 
 
 # ---- all of them
