@@ -92,7 +92,7 @@ def test_the_shipped_figures_reach_their_goals():
     first, second = found["graconet"]["as it is"], found["insertion"]
     assert first["pairs"] == second["pairs"] == 200
     assert first["first proposal right"] >= 0.95 > 0.6 > found["graconet"]["chance"]["first proposal right"]
-    assert found["blip2"].pop("insets on any ground") >= 0.95 and min(found["blip2"].values()) >= 0.98
+    assert min(found["blip2"].values()) >= 0.98
     assert min(found["clip, the right caption of 100"].values()) >= 0.98
     assert second["right"] >= 0.85
 
