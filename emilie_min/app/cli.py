@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from .. import __version__
 from ..bench.cli import add_commands, whole
 from ..errors import BenchError, EmilieError, explain_oom, printable, say
 from ..speed.cli import add_options, run_speed
@@ -104,6 +105,7 @@ def tell_once(text: str, told: set[str]) -> None:
 
 def parser() -> Parser:
     top = Parser(prog="emilie", description="Edit a picture by instructions, one after another (EMILIE, WACV 2024).")
+    top.add_argument("--version", action="version", version=f"emilie_min {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     def command(name: str, run, help: str) -> Parser:

@@ -79,7 +79,7 @@ def layout(editor: Editor) -> SimpleNamespace:
             with gr.Row():
                 on.go = gr.Button("Edit", variant="primary", scale=3, elem_id="go")
                 on.stop = gr.Button("Stop", scale=1, min_width=60, elem_id="stop")
-            with gr.Row():
+            with gr.Row(elem_id="more"):
                 on.where, on.scales = button("Show where", "where"), button("Try scales", "scales")
                 on.region, on.clear = button("Add region", "region"), button("Drop regions", "forget")
             on.status = gr.HTML(elem_id="status")
