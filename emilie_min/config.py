@@ -13,7 +13,7 @@ from typing import Any, Optional
 import yaml
 from omegaconf import MISSING, OmegaConf
 
-from .errors import ConfigError, first_line, printable
+from .errors import ConfigError, first_line, plain_file, printable
 
 BUILT_IN = ("ip2p", "sd15", "toy", "toy-t2i")
 GATES = ("anchor", "eq8", "guidance")  # what a mask does: see `Editor.steps`
@@ -114,6 +114,7 @@ ONLY = {  # what the networks here do not vary: another value would go unnoticed
 }  # fmt: skip
 PLAIN = "are not read here, since they can multiply or reach this machine's environment: write the values out"
 NESTED = re.compile(r"([-?:][ \t]+){20}")  # YAML's readers take the square of the depth
+LONGEST = 2**16
 HUGE = "longer than 64 KB, or nested beyond what a config is"
 LARGEST = {"num_res_blocks": 16, "num_hidden_layers": 64}  # of all other sizes and counts 2**20
 
@@ -126,6 +127,8 @@ def load_config(name: str | Path) -> Config:
     """
     path = files("emilie_min") / "configs" / f"{name}.yaml" if name in BUILT_IN else Path(name)
     try:
+        if isinstance(path, Path):
+            plain_file(path, LONGEST)
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         wrong = printable(f"config {name}: {error}")
@@ -133,7 +136,7 @@ def load_config(name: str | Path) -> Config:
     config: Any = OmegaConf.structured(Config)
     key = ""
     try:
-        _require(len(text) <= 2**16 and len(re.findall(r"[\[{]", text)) <= 1000 and not NESTED.search(text), HUGE)
+        _require(len(text) <= LONGEST and len(re.findall(r"[\[{]", text)) <= 1000 and not NESTED.search(text), HUGE)
         _require(not any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)), f"aliases (*name) {PLAIN}")
         given: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
         _require("${" not in str(given), f"interpolations (${{name}}) {PLAIN}")

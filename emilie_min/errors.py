@@ -1,5 +1,8 @@
 """What can go wrong, as types. Every message is one line that says what to do; the command prints it and exits 2."""
 
+import errno
+import os
+import stat
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -58,6 +61,21 @@ def printable(text: object, limit: int = 500) -> str:
     text = str(text)
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def plain_file(path: str | os.PathLike[str], most: float = float("inf")) -> None:
+    """Raises OSError for what is no file, as a pipe or a device, which may never end, and for more than `most` bytes.
+
+    A folder, or nothing, is left to whoever opens it.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise OSError(errno.EINVAL, "it is a pipe or a device and not a file", os.fspath(path))
+    if found.st_size > most:
+        raise OSError(errno.EFBIG, f"it is longer than {most / 2**20:.3g} MB", os.fspath(path))
 
 
 def note(text: str) -> None:

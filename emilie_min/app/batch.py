@@ -4,12 +4,13 @@ import argparse
 import glob
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..bench.cli import own_device, which_shard
-from ..errors import CanvasError, EmilieError, InstructionError, MaskError, say
+from ..errors import CanvasError, EmilieError, InstructionError, MaskError, printable, say
 from . import language
 from .edit import read_edits, settings, with_places
 from .options import load_editor, tell_foreign, writable
@@ -74,7 +75,7 @@ class Batch:
                     except EmilieError as error:
                         if group:
                             break  # it is told when its turn comes
-                        bar.write(f"emilie: error: {error}")
+                        bar.write(f"emilie: error: {printable(error)}", sys.stderr)
                         failed, at = failed + 1, at + 1
                         bar.update()
                         continue
@@ -90,7 +91,7 @@ class Batch:
                     if len(group) > 1:  # too many for the memory, or one that fails
                         together = max(1, len(group) // 2)
                         continue
-                    bar.write(f"emilie: error: {group[0][0]}: {error}")
+                    bar.write(f"emilie: error: {printable(group[0][0])}: {printable(error)}", sys.stderr)
                     failed += 1
                 each = (time.time() - started) / len(group)
                 bar.set_postfix_str(f"{each:.1f} s each, {group[-1][1]}")

@@ -137,9 +137,14 @@ def own_device(device: str | None, shard: tuple[int, int], environ: Mapping[str,
 
 def which_shard(text: str | None, environ: dict) -> tuple[int, int]:
     """(i, n) of --shard I/N, or of torchrun's environment; (1, 1) without either. Raises BenchError."""
-    world = int(environ.get("WORLD_SIZE", 1))
+    try:
+        world, rank = (int(environ.get(name) or default) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+    except ValueError:
+        world, rank = 1, 1
+    if not 0 <= rank < world:
+        raise BenchError("WORLD_SIZE and RANK are not as torchrun sets them: unset them, or start it with torchrun")
     if text is None:
-        return int(environ.get("RANK", 0)) + 1, world
+        return rank + 1, world
     if world > 1:
         raise BenchError("--shard and torchrun both split the work: use one of them")
     i, _, n = text.partition("/")

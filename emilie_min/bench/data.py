@@ -42,8 +42,9 @@ from pathlib import Path
 from PIL import Image
 
 from ..checkpoint.schema import Blank, fault, parse, quote
-from ..errors import BenchError, EmilieError, printable
+from ..errors import BenchError, EmilieError, plain_file, printable
 from ..toy import world
+from .io import LONGEST
 
 FILE = "bench.jsonl"
 MOST = 20  # lines with a fault that are named in one error
@@ -112,6 +113,7 @@ def _load(folder: str | Path, opened: bool = False) -> list[Item]:
     folder = Path(os.path.abspath(folder))
     path = folder / FILE
     try:
+        plain_file(path, LONGEST)
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise BenchError(f"{path} cannot be read ({error.strerror}): a benchmark is a folder with this file") from error

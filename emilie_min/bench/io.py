@@ -1,17 +1,21 @@
 """What comes from files: JSON of a known shape and pictures. Nothing here needs PyTorch."""
 
+import io
 from pathlib import Path
 
 from PIL import Image
 
-from ..canvas.pictures import formats
+from ..canvas.pictures import TIFF, Source, formats, hushed, quiet, refuse_size
 from ..checkpoint.schema import Shape, fault, parse
-from ..errors import BenchError, first_line, printable
+from ..errors import BenchError, plain_file, printable
+
+LONGEST = 2**28  # bytes of a JSON file
 
 
 def read_json(path: str | Path, shape: Shape, what: str) -> dict:
     """A JSON file of a known shape; `what` says in errors what it should be. Raises BenchError."""
     try:
+        plain_file(path, LONGEST)
         value = parse(Path(path).read_text(encoding="utf-8-sig"), infinite=True)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not valid JSON: {error}"
@@ -23,10 +27,12 @@ def read_json(path: str | Path, shape: Shape, what: str) -> dict:
 
 def open_picture(path: str | Path) -> Image.Image:
     """A picture file as it is, of any mode. Raises BenchError."""
-    try:
-        with Image.open(path, formats=formats()) as file:
-            file.load()
-            return file
-    except Exception as error:  # PIL's plugins raise OSError, SyntaxError, struct.error, ... on broken files
-        message = f"{printable(path)} cannot be read as a picture: {printable(first_line(error), 200)}"
-        raise BenchError(message) from error
+    source = Source(path, "picture", BenchError)
+    with quiet(source):
+        plain_file(path)
+        with open(path, "rb") as file, hushed(file.read(4) in TIFF):
+            file.seek(0)
+            image = Image.open(file, formats=formats())
+            refuse_size(image.size, source, file.seek(0, io.SEEK_END))
+            image.load()
+            return image

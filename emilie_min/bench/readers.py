@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..checkpoint.schema import fault, quote
-from ..errors import BenchError, printable
+from ..errors import BenchError, plain_file, printable
 from . import data
 from .data import Item, Turn, file_in
-from .io import open_picture, read_json
+from .io import LONGEST, open_picture, read_json
 
 PARTS = ("natural", "generated")
 PROMPTS = ("mask-simple", "mask-rich", "full")
@@ -278,6 +278,7 @@ def _id(name: str) -> str:
 def _rows(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
     """Line numbers and rows of a table that has these columns, none of them empty."""
     try:
+        plain_file(path, LONGEST)
         with open(path, encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file, restval="")
             rows = [(table.line_num, row) for row in table]

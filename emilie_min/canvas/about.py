@@ -8,7 +8,8 @@ from typing import Any
 from PIL import Image
 
 from .. import __version__
-from ..errors import ImageError, first_line, printable
+from ..checkpoint.schema import parse
+from ..errors import ImageError, first_line, plain_file, printable
 from .canvas import Canvas
 
 KEY, LONGEST = "emilie", 2**20  # of the text that holds all; characters of it that are read
@@ -47,6 +48,7 @@ def share(mask: Image.Image) -> float:
 
 def is_png(path: str | Path) -> bool:
     try:
+        plain_file(path)
         with open(path, "rb") as file:
             return file.read(8) == b"\x89PNG\r\n\x1a\n"
     except OSError:
@@ -56,6 +58,7 @@ def is_png(path: str | Path) -> bool:
 def read(path: str | Path) -> dict[str, Any]:
     """What `texts` put into a PNG. Raises ImageError for one that says nothing or is broken."""
     try:
+        plain_file(path)
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
             said = image.info.get(KEY)
@@ -65,13 +68,13 @@ def read(path: str | Path) -> dict[str, Any]:
         raise ImageError(f"{printable(path)} does not say how it was made: `emilie edit` did not write it, or it was "
                          "saved anew by another program")  # fmt: skip
     try:
-        about = json.loads(str(said)[:LONGEST])
+        about = parse(str(said)[:LONGEST])
         if not isinstance(about, dict) or not isinstance(about["edits"], list):
             raise ValueError("no edits")
         for edit in about["edits"]:
             if not isinstance(edit["instruction"], str) or not isinstance(edit["settings"], dict):
                 raise ValueError("an edit without instruction and settings")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ImageError(f"what {printable(path)} says of how it was made is broken: {first_line(error)}") from error
     return about
 

@@ -157,8 +157,11 @@ def restore_size(
 def put_back(edited: Image.Image, photo: Image.Image, box: Box, alpha: Image.Image | None = None) -> Image.Image:
     """The photo with an edited working picture of its box in its place; alpha: of the box's size, 0 = as it was."""
     size = box[2] - box[0], box[3] - box[1]
+    scaled = edited if edited.size == size else edited.resize(size, Image.Resampling.LANCZOS)
+    if size == photo.size and alpha is None and scaled.mode == photo.mode:  # a large photo is not copied to be covered
+        return scaled.copy() if scaled is edited else scaled
     out = photo.copy()
-    out.paste(edited if edited.size == size else edited.resize(size, Image.Resampling.LANCZOS), box[:2], alpha)
+    out.paste(scaled, box[:2], alpha)
     return out
 
 

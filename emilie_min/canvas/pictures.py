@@ -20,7 +20,7 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 from PIL import Image
 
-from ..errors import ImageError, note, printable
+from ..errors import ImageError, note, plain_file, printable
 
 Picture = Image.Image | np.ndarray | bytes | str | Path
 
@@ -150,6 +150,7 @@ def read_stored(picture: Picture, source: Source) -> Image.Image:
         picture = Path(picture.filename)
     if isinstance(picture, (str, Path)):
         try:
+            plain_file(picture)
             with open(picture, "rb") as file:
                 return read_file(file, source, Path(picture).suffix.lower())
         except FileNotFoundError as cause:

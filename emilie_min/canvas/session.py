@@ -32,7 +32,7 @@ from torch import Tensor
 from ..checkpoint.schema import Blank, fault, parse, quote, strange
 from ..checkpoint.writing import alone_in, atomic_path
 from ..emilie import Editor
-from ..errors import CanvasError, first_line, note, printable
+from ..errors import CanvasError, first_line, note, plain_file, printable
 from .images import read_part
 from .pictures import LONGEST, TURNS
 from .regions import own_settings
@@ -41,6 +41,7 @@ from .state import State
 
 FORMAT, VERSION = "emilie canvas 1", 2  # what the files of before say, and what these do
 MAGIC, APPLICATION = b"SQLite format 3\0", int.from_bytes(b"EMIL", "big")
+LARGEST_ROW = 2**28  # bytes: a picture of 4096^2 px, its latent and a dozen masks
 TABLES = {
     "head": "CREATE TABLE head (about TEXT NOT NULL, digest TEXT NOT NULL)",
     "states": "CREATE TABLE states (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, record TEXT NOT NULL, "
@@ -113,6 +114,7 @@ def is_session(path: str | Path) -> bool:
 
 
 def _head(path: str | Path) -> bytes:
+    plain_file(path)
     with open(path, "rb") as file:
         return file.read(len(MAGIC))
 
@@ -326,6 +328,9 @@ def _rows(path: Path) -> Iterator:
         if [*db.execute("PRAGMA application_id"), *db.execute("PRAGMA user_version")] != [(APPLICATION,), (VERSION,)]:
             raise CanvasError(f"{printable(path)} is no canvas of this version: it is an SQLite database of another")
         _check_tables(db)
+        sizes = "SELECT length(about) FROM head UNION ALL SELECT length(record) + length(tensors) FROM states"
+        if any(type(size) is not int or size > LARGEST_ROW for (size,) in db.execute(sizes)):
+            raise ValueError("a state is larger than any picture that is edited")
         ((text, digest),) = db.execute("SELECT about, digest FROM head").fetchall()
         if digest != _digest(text):
             raise ValueError("what it says of itself is damaged")

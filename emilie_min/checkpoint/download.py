@@ -122,8 +122,8 @@ def _fetch(
         if status in (401, 404):  # 401 is the hub's answer for a repository that is not there
             return None
         raise complaint(f"{url}: the server answered {status}. Run the same command again later") from error
-    except (HTTPError, OSError) as error:
-        if isinstance(error, HTTPError | ConnectionError | TimeoutError) or error.errno is None:
+    except (HTTPError, OSError, UnicodeError) as error:  # the last is that of a host that no network can have
+        if isinstance(error, HTTPError | ConnectionError | TimeoutError | UnicodeError) or error.errno is None:
             kept = partial.stat().st_size if resume and partial.exists() else 0
             again = f"run the same command again, {tqdm.format_sizeof(kept, 'B')} are kept"
             raise complaint(f"{url} cannot be fetched ({first_line(error)}): {again if kept else WAYS}") from error

@@ -5,13 +5,15 @@ named in the file's terms (`key_map`); what they do not name is dropped by a rul
 the named tensors are read, one at a time, cast on the way to the device.
 """
 
-import json
+import logging
 import math
 import mmap
 import os
 import re
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from torch._subclasses import FakeTensorMode
 from ..errors import CheckpointError, first_line, note, printable
 from . import names as other_names
 from .names import DROPPED, EMA, RAW, TEXT, VAE
+from .schema import parse
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                       "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -35,6 +38,7 @@ HARMLESS_CALLS = {"numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.mu
                   "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
                   "collections.defaultdict", "builtins.frozenset", "pathlib.PosixPath",
                   "pathlib.WindowsPath"}  # fmt: skip
+LARGE_CALL = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")  # PyTorch lets it take any memory
 HELD = 64_000_000  # bytes that a reader maps before it lets them go
 
 
@@ -132,7 +136,7 @@ def _part(folder: Path, stems: tuple[str, ...]) -> list[Path]:
             table = folder / (f"{plain}.{suffix}.index" + (f".{variant}" if variant else "") + ".json")
             if table.is_file():
                 try:
-                    names = set(json.loads(table.read_text(encoding="utf-8"))["weight_map"].values())
+                    names = set(parse(table.read_text(encoding="utf-8"))["weight_map"].values())
                     return sorted(folder / Path(name).name for name in names)
                 except Exception as error:
                     raise CheckpointError(f"{table} cannot be read: {first_line(error)}") from error
@@ -188,7 +192,9 @@ def metadata(path: str | Path) -> dict[str, str] | None:
     """
     if Path(path).is_dir():
         try:
-            settings = json.loads((Path(path) / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
+            settings = parse(
+                (Path(path) / "scheduler/scheduler_config.json").read_text(encoding="utf-8"), infinite=True
+            )
             return {key: str(value) for key, value in settings.items()}
         except (OSError, ValueError, AttributeError):
             return None
@@ -216,7 +222,7 @@ def _index_ckpt(path: Path, inside: str | None = None) -> dict[str, Entry]:
         records = _records(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         placeholders: list[Any] = [(_Placeholder(name, (), {}), name) for name in names]
-        with FakeTensorMode(), torch.serialization.safe_globals(placeholders), open(path, "rb") as f:
+        with _speechless(), FakeTensorMode(), torch.serialization.safe_globals(placeholders), open(path, "rb") as f:
             state = torch.load(f, weights_only=True)  # not by its path, whose name torch.load would believe
         nested = state.get(inside) if isinstance(state, dict) and inside else None
         tensors = joined(nested) if isinstance(nested, dict) else _tensors(path, state)
@@ -230,6 +236,17 @@ def _index_ckpt(path: Path, inside: str | None = None) -> dict[str, Entry]:
     if not entries:
         raise CheckpointError(f"{path} holds no state_dict of tensors")
     return entries
+
+
+@contextmanager
+def _speechless() -> Iterator[None]:
+    """What PyTorch logs of a tensor that it then raises an error for."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def joined(parts: dict) -> dict[str, Tensor]:
@@ -265,10 +282,12 @@ def _records(path: Path) -> dict[int, int]:
     records = {}
     with zipfile.ZipFile(path) as z, open(path, "rb") as f:
         for record in z.infolist():
-            if record.compress_type != zipfile.ZIP_STORED:
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
                 raise CheckpointError("its tensors are compressed. Load it with PyTorch and save it anew")
             if record.filename.endswith("byteorder") and z.read(record) != b"little":
                 raise CheckpointError("its numbers are big-endian. Save it anew on a common machine")
+            if record.filename.endswith("/data.pkl") and LARGE_CALL.search(z.read(record)):
+                raise CheckpointError("it wants bytearray called, which no weights need. Nothing of it was run")
             f.seek(record.header_offset + 26)
             begin = record.header_offset + 30 + sum(struct.unpack("<2H", f.read(4)))
             records[begin] = record.file_size

@@ -1,6 +1,5 @@
 """Instructions to token ids: by the words that a small model knows, or by CLIP's files, never from the network."""
 
-import json
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from transformers import CLIPTokenizer
 from ..config import TOKENIZER_FILES, TextConfig
 from ..errors import InstructionError, TokenizerError, printable
 from ..text import LENGTH
+from .schema import parse
 
 END = "<|endoftext|>"  # also what CLIP's vocabulary puts in the place of what it does not know
 
@@ -77,7 +77,7 @@ class Tokenizer:
         for folder in self.folders + ([Path(cached).parent] if isinstance(cached, str) else []):
             if all((folder / name).is_file() for name in TOKENIZER_FILES):
                 try:
-                    if END not in json.loads((folder / "vocab.json").read_text(encoding="utf-8")):
+                    if END not in parse((folder / "vocab.json").read_text(encoding="utf-8")):
                         raise ValueError(f"vocab.json has no {END}")
                     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
                 except Exception as error:  # tokenizers raises bare Exceptions

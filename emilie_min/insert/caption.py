@@ -1,12 +1,12 @@
 """BLIP-2 (Li et al., ICML 2023) says in a few words what a picture shows; by transformers, from files that are here."""
 
-import json
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from ..errors import CheckpointError, explain_oom, first_line, printable
+from ..checkpoint.schema import parse
+from ..errors import CheckpointError, EmilieError, explain_oom, first_line, printable
 from ..loading import pick_device
 
 RELEASED = "Salesforce/blip2-opt-2.7b"  # the smallest released one, 15 GB in float32; the paper does not say which
@@ -62,13 +62,20 @@ class Captioner:
         """A caption of a PIL RGB picture: greedy, one line. Raises EmilieError."""
         needed = sum(p.nbytes for p in self.model.parameters()) + 2**30
         device = self.device if self.model.device == self.device or self.free() >= needed else torch.device("cpu")
-        with explain_oom("while the inset was captioned: give --caption"):
-            self.model.to(device)
-            inputs = self.processor(images=image, return_tensors="pt").to(device, self.model.dtype)
-            ids = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=LONGEST)
+        try:
+            with explain_oom("while the inset was captioned: give --caption"):
+                self.model.to(device)
+                inputs = self.processor(images=image, return_tensors="pt").to(device, self.model.dtype)
+                ids = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=LONGEST)
+            said = self.processor.batch_decode(ids, skip_special_tokens=True)[0]
+        except EmilieError:
+            raise
+        except Exception as error:  # of whatever type settings that do not fit each other provoke
+            wrong = f"this BLIP-2 fails, as with files that do not belong together: {printable(first_line(error), 200)}"
+            raise CheckpointError(f"{wrong}. Copy all its files anew, or give --caption") from error
         if self.free() < ROOM:
             self.leave()
-        return " ".join(self.processor.batch_decode(ids, skip_special_tokens=True)[0].split())
+        return " ".join(said.split())
 
     def free(self) -> float:
         """Bytes that are free on the device; infinite on a CPU."""
@@ -99,7 +106,7 @@ def find(model: str | Path) -> Path:
             f"{printable(folder)} is no whole BLIP-2, it lacks {', '.join(lacking)}: copy all its files"
         )
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        kind = parse((folder / "config.json").read_text(encoding="utf-8"), infinite=True).get("model_type")
     except (ValueError, AttributeError, OSError) as error:
         raise CheckpointError(f"{printable(folder)}/config.json cannot be read: {first_line(error)}") from error
     if kind != "blip-2":

@@ -7,7 +7,6 @@ Attribute paths are the released checkpoint's keys. Evaluation mode, in which a 
 Pictures are PIL or uint8 (S, S, 3), their masks "L" or uint8 (S, S), 255 where the inset is. A box is (x, y, w, h).
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..checkpoint import names, reading
+from ..checkpoint.schema import parse
 from ..errors import CheckpointError, ImageError, note, printable
 from ..sampling import noise_stream
 
@@ -275,7 +275,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> GracoNet:
         raise CheckpointError(f"{path} is not GracoNet's: it is {what_it_is(path, entries)}")
     notes = reading.metadata(path) or {}
     try:
-        sizes = json.loads(notes.get("config", "{}"))
+        sizes = parse(notes.get("config", "{}"))
         with torch.device("meta"):
             net = GracoNet(**sizes)
     except Exception as error:  # whatever wrong sizes lead to

@@ -60,6 +60,7 @@ def test_a_pattern_and_a_picture_that_is_none(pictures, capsys):
     Path("in/sub/broken.png").write_bytes(b"\x89PNG")
     code, out, err = run("edit", "--batch", "in/**/*.png", NIGHT, "--out", "o", *MODEL, capsys=capsys)
     assert code == 2 and listing("o") == ["a_1.png", "sub/b_1.png", "sub/deep/c_1.png"] and "1 could not be" in out
+    assert any(line.startswith("emilie: error: in/sub/broken.png") for line in err)
     code, _, err = run("edit", "--batch", "in/*.gif", NIGHT, *MODEL, capsys=capsys)
     assert code == 2 and "no pictures at in/*.gif" in err[0]
     code, _, err = run("edit", "--batch", "in", NIGHT, "--mask", "1=in/a.png", *MODEL, capsys=capsys)

@@ -404,6 +404,9 @@ def test_torchrun_and_shard_split_the_work():
     for text in ("0/2", "3/2", "1", "a/b", "1/"):
         with pytest.raises(BenchError, match="give I/N"):
             which_shard(text, {})
+    for environ in ({"WORLD_SIZE": "x"}, {"WORLD_SIZE": "2", "RANK": "2"}, {"RANK": "\x1b"}):
+        with pytest.raises(BenchError, match="as torchrun sets them"):
+            which_shard(None, environ)
 
 
 def run_command(folder, out):

@@ -318,6 +318,7 @@ CHANGES = {
     "not a number": """UPDATE states SET record = replace(record, '"f":', '"f": NaN, "g":')""",
     "where it stands": """UPDATE head SET about = replace(about, '"at": 2', '"at": 2.0')""",
     "how many": """UPDATE head SET about = replace(about, '"states": 3', '"states": "3"')""",
+    "a large blob": "UPDATE states SET tensors = zeroblob(300000000) WHERE number = 2",
     "a blob for an id": "UPDATE states SET id = x'00' WHERE number = 2",
     "a view": "CREATE VIEW v AS WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT x FROM c",
     "a trigger": "CREATE TRIGGER t AFTER INSERT ON states BEGIN DELETE FROM states; END",

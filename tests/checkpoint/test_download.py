@@ -254,7 +254,8 @@ def test_no_network(hub, tmp_path, monkeypatch):
     hub.shutdown()
     hub.server_close()
     assert "online?" in refused(fetch, hub, tmp_path, error=TokenizerError)
-    assert "online?" in refused(download.download, tmp_path, endpoint="nonsense", error=TokenizerError)
+    for nowhere in ("nonsense", f"http://{'a' * 70}"):
+        assert "online?" in refused(download.download, tmp_path, endpoint=nowhere, error=TokenizerError)
     assert listing(tmp_path) == []
 
 

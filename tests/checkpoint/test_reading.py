@@ -3,6 +3,7 @@
 import argparse
 import collections
 import json
+import logging
 import os
 import pathlib
 import pickle
@@ -368,6 +369,25 @@ def test_nothing_in_a_pickle_is_run(marker, tmp_path, name):
     assert "bare pickle" in refusal(path)
 
 
+def test_what_pytorch_would_call_takes_no_memory(tmp_path):
+    opcodes = value(b"c__builtin__\nbytearray\n" + b"\x8a\x05\x00\xe4\x0bT\x02" + b"\x85R")  # 10 GB
+    assert "bytearray called" in refusal(with_opcodes(tmp_path / "a.ckpt", opcodes))
+
+
+def test_a_tensor_beyond_all_memory_is_said_in_a_line(tmp_path):
+    logged, handler, log = [], logging.Handler(), logging.getLogger("torch._subclasses.fake_tensor")
+    handler.emit = logged.append
+    log.addHandler(handler)
+    path = tmp_path / "a.ckpt"
+    torch.save({"a": torch.ones(3, 5)}, path)
+    most = b"J\xff\xff\xff\x7f"
+    assert "refused" in refusal(
+        rezip(path, tmp_path / "b", lambda n, d: d.replace(b"K\x03K\x05\x86", 3 * most + b"\x87"))
+    )
+    log.removeHandler(handler)
+    assert not logged
+
+
 def test_an_object_of_a_dangerous_class_is_inert(marker, tmp_path):
     opcodes = value(b"csubprocess\nPopen\n" + text(f"touch {marker}") + b"\x85\x81}" + value(b"K\x01") + b"b")
     assert read(with_opcodes(tmp_path / "a.ckpt", opcodes)).keys() == {"a"}
@@ -418,6 +438,10 @@ def test_zip_files_by_other_tools(tensors, tmp_path):
     with zipfile.ZipFile(rezip(path, tmp_path / "h"), "a") as z:
         z.writestr("a/constants.pkl", b"")
     assert "torchscript" in refusal(tmp_path / "h")
+    whole = path.read_bytes()
+    entry = whole.rindex(b"PK\x01\x02")  # the last of the table of contents, whose record would then take 4 GB
+    path.write_bytes(whole[: entry + 24] + b"\xfe\xff\xff\xff" + whole[entry + 28 :])
+    assert "refused" in refusal(path)
 
 
 def test_formats_that_are_not_read(tensors, tmp_path):

@@ -11,7 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import judge
+from .around import AROUND
+from .fields import FIELDS
 from .kinds import KINDS, prepare
+
+ALL = KINDS | FIELDS | AROUND
 
 
 def cases(
@@ -22,7 +26,7 @@ def cases(
     for number in (-1, *numbers):
         folder = scratch / f"{kind}-{number}"
         shutil.copytree(clean, folder)
-        case = KINDS[kind](random.Random(f"{seed} {kind} {number}") if number >= 0 else None, folder)
+        case = ALL[kind](random.Random(f"{seed} {kind} {number}") if number >= 0 else None, folder)
         short, taken = judge.judge(case, folder, memory)
         memory = memory or taken
         yield number, case.argv, short
@@ -34,7 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--cases", type=int, default=100, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--kinds", default=",".join(ALL))
     parser.add_argument("--only", type=int, help="one case of each kind, by its number; its folder is kept")
     args = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="fuzz-"))

@@ -98,7 +98,12 @@ def _child(case: Case, folder: Path, writers: list[int], log: Path, seconds: flo
         record = os.open(log, os.O_WRONLY | os.O_APPEND)
 
         def audit(event: str, args: tuple) -> None:
-            if event in STARTS or event == "socket.connect" and args[1][0] not in ("127.0.0.1", "::1"):
+            if (
+                event in STARTS
+                and "fc-list" not in args
+                or event == "socket.connect"
+                and args[1][0] not in ("127.0.0.1", "::1")
+            ):
                 os.write(record, f"{event} {args[:2]!r}\n".encode())
 
         sys.addaudithook(audit)
@@ -130,7 +135,7 @@ def files(folder: Path) -> dict[str, str]:
     """Of all files in a folder, by their paths in it, the SHA-256."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.is_symlink():
+        if path.is_file() and not path.is_symlink() and path.stat().st_size < 2**28:
             found[os.fsdecode(os.fsencode(path.relative_to(folder)))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
@@ -154,7 +159,7 @@ def judge(case: Case, folder: Path, memory: int | None = None, seconds: float = 
         short.append(f"{len(errors)} lines: {errors[:3]}")
     if result.code == 2 and not errors and case.stderr == "file":
         short.append("refused without a word")
-    if result.code == 2 and errors and not re.match(r"emilie[\w ]*: (error|interrupted)", errors[0]):
+    if result.code == 2 and errors and not re.match(r"emilie[\w -]*: (error|interrupted)", errors[0]):
         short.append(f"no error of ours: {errors[0][:200]!r}")
     if result.code == 0 and errors:
         short.append(f"ended well, and said {errors[:2]}")

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import yaml
@@ -102,7 +103,10 @@ def prepare(folder: Path) -> Path:
         texts = clip["model"]["params"]["cond_stage_config"]["params"]
         del texts["words"]
         Path("clip.yaml").write_text(yaml.safe_dump(clip))
-        with open(os.devnull, "w") as nowhere:
+        with open(os.devnull, "w") as nowhere, TemporaryDirectory() as aside:
+            for line in (["edit", "photo.png", NIGHT, "--out", aside, *MODEL], ["info", "tiny.ckpt"]):
+                with redirect_stdout(nowhere), redirect_stderr(nowhere):
+                    assert main(line) == 0  # so that what is forked has imported it all
             for line in (["make", "b", "--scenes", "1", "--turns", "1"],
                          ["run", "b", "--methods", "ip2p,emilie", "--out", "r", *MODEL],
                          ["study", "r"]):  # fmt: skip

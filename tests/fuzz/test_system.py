@@ -94,6 +94,27 @@ def test_a_run_that_ended_in_an_error_goes_on(folder):
     assert len(records) == 2 and not any(json.loads(path.read_text())["error"] for path in records)
 
 
+PIPED = {  # in the place of "F"
+    "a picture": ["edit", "F", NIGHT, *MODEL],
+    "a mask": ["edit", "photo.png", NIGHT, "--mask", "1=F", *MODEL],
+    "a config": ["edit", "photo.png", NIGHT, "--config", "F", "--weights", "random", "--device", "cpu"],
+    "what info is asked of": ["info", "F"],
+    "a session": ["edit", "photo.png", NIGHT, "--canvas", "F", *MODEL],
+    "a benchmark": ["bench", "check", "p"],
+    "a run": ["bench", "study", "p"],
+    "a key": ["bench", "tally", "F", "answers.json"],
+}
+
+
+@pytest.mark.parametrize("name", PIPED)
+def test_nothing_waits_for_a_pipe(name, folder):
+    """Nor reads a device to its end, which has none."""
+    (folder / "p").mkdir()
+    for path in ("F", "p/bench.jsonl", "p/run.json"):
+        os.mkfifo(folder / path)
+    assert judge(Case(PIPED[name], True), folder, seconds=10)[0] == []
+
+
 @pytest.mark.parametrize("option", ["--device", "--tokenizer", "--out", "--canvas"])
 def test_names_that_no_file_can_have(option, folder):
     for value in ["b/" * 3000] if option != "--device" else ["privateuseone"]:
