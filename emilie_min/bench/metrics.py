@@ -543,7 +543,8 @@ def bootstrap(
     means = np.array([np.nanmean(row) for row in rows])
     if len(means) < 2:
         return Interval(float(means.mean()) if len(means) else np.nan, np.nan, np.nan, len(means), missing)
-    rows += [np.full((seeds, 1), value) for value in pseudo]
+    run = np.array([[not np.isnan(row[i]).all() for i in range(seeds)] for row in rows]).any(0)  # (seeds,)
+    rows += [np.where(run, value, np.nan)[:, None] for value in pseudo]
     sums = np.array([np.nansum(row, 1) for row in rows])  # (items, seeds)
     counts = np.array([(~np.isnan(row)).sum(1) for row in rows])
     drawn = resampled(sums, counts, times_drawn(seeds, n, seed), times_drawn(len(rows), n, seed + 1))

@@ -5,9 +5,10 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 dir=$1 shards=${SHARDS:-2} emilie=${EMILIE:-emilie} only=${REPORT:-}
 shift
-parts=${*:-tune twins imie drift nothing hundred undo night-here less}
+parts=${*:-tune twins imie drift nothing hundred undo undo-later night-here less}
 gates="emilie emilie:masks=false emilie:gate=guidance emilie:gate=eq8"
 given="diffedit:mask=given"
+fair="$given:guidance=1.0 $given"
 
 make() { # PART KIND SCENES [OPTION ...]
     part=$1
@@ -41,19 +42,19 @@ for part in $parts; do
         cp "$dir/tune/tune.json" "$here" ;;
     twins)
         make twins twins 200
-        run 0 $gates bld $given:guidance=1.0 $given
+        run 0 $gates bld $fair
         report ;;
     imie)
         make imie imie 40
-        run 0 $gates ip2p concat bld $given:guidance=1.0 $given diffedit pnp:inversion_steps=50
-        run 0,1,2 emilie emilie:masks=false ip2p
+        run 0 $gates ip2p concat bld $fair diffedit pnp:inversion_steps=50
+        run 0,1,2 $gates ip2p bld $fair
         report turns drift ;;
     drift)
         make drift drift 40
-        run 0 emilie ip2p
+        run 0,1,2,3,4 emilie ip2p
         report turns drift ;;
     nothing)
-        make nothing nothing 10
+        make nothing nothing 20
         run 0 emilie ip2p untouched vae paste lowpass
         report turns drift ;;
     hundred)
@@ -61,12 +62,16 @@ for part in $parts; do
         run 0 emilie ip2p untouched vae
         report turns drift ;;
     undo)
-        make undo undo 20
-        run 0 emilie ip2p
+        make undo undo 40
+        run 0,1,2 emilie ip2p
+        report turns drift ;;
+    undo-later) # in words, after up to three others
+        make undo-later undo-later 20
+        run 0 emilie emilie:iterate=image ip2p concat paste lowpass
         report turns drift ;;
     night-here)
-        make night-here night-here 16
-        run 0 $gates bld $given
+        make night-here night-here 200
+        run 0 $gates bld $fair
         report ;;
     less) # the same edit with less work
         make less imie 24 --turns 1

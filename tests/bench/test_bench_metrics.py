@@ -720,6 +720,10 @@ def test_resampling_items_and_seeds_is_the_mean_of_the_items_and_seeds_drawn():
     assert metrics.resampled(sums[:, 1:], counts[:, 1:], *(np.ones((1, k)) for k in (1, 3))) == [3.0]
     one = bootstrap({"a": [1, 1, 0, 0], "b": [1, 1, 0, 0]}, n=500, seeds=2)  # nothing but seeds differs
     assert (one.mean, one.low, one.high) == (0.5, 0, 1)
+    some = {str(i): [0, None, None] for i in range(40)}  # of three seeds one was run
+    assert bootstrap(some, 500, seeds=3, pseudo=SHARE) == bootstrap(
+        {k: v[:1] for k, v in some.items()}, 500, pseudo=SHARE
+    )._replace(missing=80)
     assert bootstrap({"a": [1, 0, 1, 0], "b": [1, 0, 1, 0]}, n=500, seeds=2)[:3] == (0.5, 0.5, 0.5)
 
 
