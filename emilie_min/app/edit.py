@@ -35,7 +35,7 @@ HELP = {  # of the fields of Settings that are options
     "text_scale": "how strongly to follow the instruction",
     "image_scale": "how closely to stay with the picture",
     "seed": "of all noise (default: 0, or what the --canvas began with)",
-    "negative": "what not to do: an instruction whose pull is taken off the others'",
+    "negative": "what not to do: an instruction whose pull is taken off the others'; gentler: --further",
     "further": "instructions that pull too, by these parts of the text scale, which may be negative",
 }
 METAVARS = {"guidance_interval": "LOW,HIGH", "reuse": "N", "reuse_guidance": "PART"}

@@ -9,6 +9,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -545,25 +546,31 @@ def bootstrap(
     rows += [np.full((seeds, 1), value) for value in pseudo]
     sums = np.array([np.nansum(row, 1) for row in rows])  # (items, seeds)
     counts = np.array([(~np.isnan(row)).sum(1) for row in rows])
-    drawn = resampled(sums, counts, n, np.random.default_rng(seed))
+    drawn = resampled(sums, counts, times_drawn(seeds, n, seed), times_drawn(len(rows), n, seed + 1))
     spare = len(means) - 1
     tail = 100 * stats.norm.cdf(np.sqrt(len(means) / spare) * stats.t.ppf(0.025, spare))
     return Interval(float(means.mean()), *map(float, np.nanpercentile(drawn, (tail, 100 - tail))), len(means), missing)
 
 
-def resampled(sums: np.ndarray, counts: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """`bootstrap`'s mean in `n` resamplings, (n,), of the sums and counts of each item's and seed's values.
+@lru_cache(maxsize=8)  # a report asks for the same ones hundreds of times
+def times_drawn(count: int, n: int, seed: int) -> np.ndarray:
+    """How often each of `count` is drawn when as many are drawn with replacement, `n` times over: (n, count) float."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), n).astype(float)
 
-    NaN where none of the items drawn has a value under the seeds drawn.
+
+def resampled(sums: np.ndarray, counts: np.ndarray, seeds: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """`bootstrap`'s mean in n resamplings, (n,), of the sums and counts, (items, seeds), of each item's values.
+
+    seeds, items: how often each is drawn, (n, seeds) and (n, items). NaN where none of the items drawn has a
+    value under the seeds drawn.
     """
-    items, seeds = sums.shape
-    times = rng.multinomial(seeds, np.full(seeds, 1 / seeds), n)  # how often each is drawn, (n, seeds)
-    weights = rng.multinomial(items, np.full(items, 1 / items), n)
-    of = times @ counts.T  # values, (n, items)
-    means = np.divide(times @ sums.T, of, out=np.zeros(of.shape), where=of > 0)
-    weights = weights * (of > 0)
-    total = weights.sum(1)
-    return np.divide((weights * means).sum(1), total, out=np.full(n, np.nan), where=total > 0)
+    if (counts > 0).all() and counts.shape[1] == 1:
+        return items @ (sums / counts)[:, 0] / len(sums)
+    of = seeds @ counts.T.astype(float)  # values, (n, items)
+    means = np.divide(seeds @ sums.T, of, out=np.zeros(of.shape), where=of > 0)
+    items = items * (of > 0)
+    total = items.sum(1)
+    return np.divide((items * means).sum(1), total, out=np.full(len(total), np.nan), where=total > 0)
 
 
 def percentiles(statistic: Callable, *samples: np.ndarray, n: int = 10_000, seed: int = 0) -> tuple[float, float]:

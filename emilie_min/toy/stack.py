@@ -109,7 +109,7 @@ def main() -> None:
                     bar.update()
                     about = {"model": editor.model, "seeds": seed}
                     done[name] = about | summary(rows) | {"rows": rows}
-                    write_bytes(json.dumps(done, indent=1).encode(), args.out)
+                    write_bytes((json.dumps(done) + "\n").encode(), args.out)
     write_bytes(table(done).encode(), args.out.with_suffix(".md"))
     print(table(done))
 

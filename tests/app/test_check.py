@@ -174,23 +174,6 @@ def test_a_converted_file_that_changed_is_red(subject, tmp_path):
     assert finding.status == RED and "the text model changed since" in finding.found
 
 
-def test_a_text_model_that_does_not_know_which_words_are_alike_is_told(subject, monkeypatch):
-    subject.kind = "ip2p"
-    monkeypatch.setitem(check.SENTENCES, "ip2p", {})
-    for known, status in ((True, GREEN), (False, YELLOW)):
-        monkeypatch.setattr(check, "alike", lambda *_, known=known: known)
-        assert found("text", subject).status == status
-    monkeypatch.undo()
-    words = subject.editor.text.config.words
-    a, b, c = (subject.editor.context([words[i]])[0] for i in (0, 1, 2))
-    ends = {"one": a, "two": a + 0.01 * b, "other": c}
-    subject.editor.context = lambda texts: torch.stack([ends[text.split()[-1]] for text in texts])
-    row = torch.arange(77) + subject.editor.text.config.eos_token_id - 1  # which ends at its second place
-    subject.editor.text.tokenize = lambda texts: row.expand(len(texts), -1)
-    assert check.alike(subject.editor, "one", "two", "other")
-    assert not check.alike(subject.editor, "one", "other", "two")
-
-
 def test_an_outside_that_moves_is_red(subject, monkeypatch):
     real = emilie.canvas.canvas.Canvas.steps
 
