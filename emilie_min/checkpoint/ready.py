@@ -100,7 +100,8 @@ def available_memory() -> int | None:
             lines = dict(line.split(":") for line in file)
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        pages = {name: os.sysconf(name) for name in ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE") if name in os.sysconf_names}
+        known = getattr(os, "sysconf_names", {})  # which Windows lacks
+        pages = {name: os.sysconf(name) for name in ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE") if name in known}
         return pages["SC_AVPHYS_PAGES"] * pages["SC_PAGE_SIZE"] if len(pages) == 2 else None
 
 

@@ -242,10 +242,12 @@ def forget_peak() -> None:
 
 
 def peak_rss() -> int:
-    """The most bytes that this process had resident. On Linux not `ru_maxrss`, which starts at its parent's."""
+    """The most bytes that this process had resident, 0 on Windows. On Linux not `ru_maxrss`, its parent's at first."""
     try:
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
     except OSError:
-        import resource
-
+        try:
+            import resource
+        except ImportError:
+            return 0
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -24,6 +24,7 @@ from emilie_min.app.cli import main
 from emilie_min.app.visitor import Visitor
 from emilie_min.checkpoint import download
 from emilie_min.checkpoint.writing import write_bytes
+from emilie_min.toy import world
 
 from .hub import HubHandler
 from .kinds import MODEL, prepare
@@ -231,7 +232,60 @@ def a_studio_session(folder: Path, rng: random.Random, times: int) -> None:
         same(opened(folder / f"{i}.canvas", folder), whole)
 
 
-WORKS = (a_chain, two_shards, a_conversion, a_download, a_studio_session)
+def a_stack(folder: Path, rng: random.Random, times: int) -> None:
+    """A change of a stack is there whole or not at all, and made again gives the same."""
+    done(line("edit", "photo.png", *CHAIN[:3], "--canvas", "three.canvas", "--out", "o", *MODEL), folder)
+    changes = ("hide", "1"), ("retract", "1"), ("move", "3", "1")
+    wholes = []
+    for i, change in enumerate(changes):
+        shutil.copy(folder / "three.canvas", folder / f"whole{i}.canvas")
+        took = done(line("stack", f"whole{i}.canvas", *change, "--out", "o", *MODEL), folder)
+        wholes.append((change, took, opened(folder / f"whole{i}.canvas", folder)))
+    before = opened(folder / "three.canvas", folder)
+    for i in range(times):
+        (change, took, whole), path = wholes[i % len(wholes)], folder / f"s{i}.canvas"
+        shutil.copy(folder / "three.canvas", path)
+        killed(line("stack", path.name, *change, "--out", "o", *MODEL), folder, rng.uniform(0, took))
+        left = opened(path, folder)
+        if len(left.states) == len(before.states):
+            same(left, before)
+            done(line("stack", path.name, *change, "--out", "o", *MODEL), folder)
+        alike(opened(path, folder), whole)
+
+
+def alike(a, b) -> None:
+    """As `same`, but for the ids of states, by which a change names where it is from."""
+    assert len(a.states) == len(b.states) and a.at == b.at
+    for one, other in zip(a.states, b.states):
+        assert torch.equal(one.latent, other.latent) and one.image == other.image
+        assert (one.instruction, one.parent, one.f, one.shown) == (
+            other.instruction,
+            other.parent,
+            other.f,
+            other.shown,
+        )
+
+
+def a_batch(folder: Path, rng: random.Random, times: int) -> None:
+    """Pictures that were done stay, the others are done, and all are what an uninterrupted run gives."""
+    (folder / "in").mkdir()
+    for i in range(4):
+        world.render(world.scene(i)).save(folder / f"in/{i}.png")
+
+    def batch(out: str) -> Callable[[], int]:
+        return line("edit", "--batch", "in", *CHAIN[:2], "--out", out, *MODEL)
+
+    took = done(batch("whole"), folder)
+    for i in range(times):
+        killed(batch(f"o{i}"), folder, rng.uniform(0, took))
+        kept = pictures_in(folder / f"o{i}") if (folder / f"o{i}").exists() else {}
+        done(batch(f"o{i}"), folder)
+        made = pictures_in(folder / f"o{i}")
+        assert made == pictures_in(folder / "whole")
+        assert all(made[name] == data for name, data in kept.items() if not Path(name).name.startswith("."))
+
+
+WORKS = (a_chain, two_shards, a_conversion, a_download, a_studio_session, a_stack, a_batch)
 
 
 def run(work: Callable, clean: Path, times: int, seed: int) -> None:

@@ -1,14 +1,18 @@
 """A system that lacks something, each case by hand: one line and exit code 2, and nothing is damaged."""
 
+import ast
+import builtins
 import json
 import os
 import resource
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
 import emilie_min as emilie
+from emilie_min.checkpoint import ready, writing
 
 from .judge import Case, files, full, judge, run
 from .kinds import MODEL, NIGHT, prepare
@@ -120,3 +124,35 @@ def test_names_that_no_file_can_have(option, folder):
     for value in ["b/" * 3000] if option != "--device" else ["privateuseone"]:
         short, _ = judge(Case([*EDIT, option, value]), folder)
         assert short == [], (option, value[:20])
+
+
+# ---- a system that is not POSIX
+
+POSIX = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog", "crypt", "posix"}
+
+
+def test_nothing_of_posix_is_imported_where_a_module_begins():
+    for path in Path(emilie.__file__).parent.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", ())]
+            assert not POSIX & {str(name) for name in names if not isinstance(node, ast.Global)}, path
+
+
+def test_without_what_windows_lacks(monkeypatch, tmp_path):
+    """A folder's lock is then not promised, and free memory not told."""
+    real = builtins.__import__
+
+    def lacking(name, *rest):
+        if name in POSIX:
+            raise ImportError(name)
+        return real(name, *rest)
+
+    def unread(path, *_):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(builtins, "__import__", lacking)
+    with writing.alone_in(tmp_path):
+        pass
+    monkeypatch.delattr(os, "sysconf_names")
+    monkeypatch.setattr(builtins, "open", unread)
+    assert ready.available_memory() is None
