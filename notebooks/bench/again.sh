@@ -59,7 +59,7 @@ for part in $parts; do
         report turns drift ;;
     hundred)
         make hundred nothing 5 --turns 100
-        run 0 emilie ip2p untouched vae
+        run 0 emilie ip2p untouched vae paste lowpass
         report turns drift ;;
     undo)
         make undo undo 40
