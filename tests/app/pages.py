@@ -97,7 +97,7 @@ class Caller:
 
     def insert(self, caption="", redrawn=1, keep=False) -> list:
         """The values of an insertion."""
-        return [None, caption, redrawn, keep, *self.edit("")[5:]]
+        return [None, caption, redrawn, keep, *self.edit("")[5:-1]]
 
     def arrive(self, number: int, name: str, content: bytes) -> str:
         """Send a file and the event that takes it for an inset or its mask."""
