@@ -4,9 +4,12 @@ import errno
 import os
 import stat
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+
+HUSHED = threading.Lock()
 
 
 class EmilieError(ValueError):
@@ -84,6 +87,25 @@ def note(text: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
+
+
+@contextmanager
+def hushed(needed: bool = True, descriptor: int = 2) -> Iterator[None]:
+    """What a library writes past Python to standard error, or output, as libtiff and tokenizers do, goes nowhere."""
+    with HUSHED if needed else nullcontext():
+        try:
+            kept = os.dup(descriptor) if needed else None
+        except OSError:  # it is closed
+            kept = None
+        try:
+            if kept is not None:
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), descriptor)
+            yield
+        finally:
+            if kept is not None:
+                os.dup2(kept, descriptor)
+                os.close(kept)
 
 
 def say(text: str) -> None:

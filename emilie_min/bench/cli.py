@@ -178,10 +178,10 @@ def run_report(args: argparse.Namespace) -> None:
 
 def which(model: str | None, run, small: str, released: str) -> str | None:
     """A scorer's model: the one that is named or, where the option stands alone, the run's own."""
-    from ..loading import shipped
-
     if model != "":
         return model
+    from ..loading import shipped  # with which PyTorch comes
+
     truths = all(item.truth for item in run.items)
     return str(shipped(f"{small}/config.json").parent) if truths else released
 

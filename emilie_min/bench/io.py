@@ -5,9 +5,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..canvas.pictures import TIFF, Source, formats, hushed, quiet, refuse_size
+from ..canvas.pictures import TIFF, Source, formats, quiet, refuse_size
 from ..checkpoint.schema import Shape, fault, parse
-from ..errors import BenchError, plain_file, printable
+from ..errors import BenchError, hushed, plain_file, printable
 
 LONGEST = 2**28  # bytes of a JSON file
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..canvas import images
 from ..canvas.strip import enlarge, outlined
 from ..checkpoint.writing import write_bytes
 from ..errors import BenchError, printable
@@ -87,6 +86,8 @@ def escape_markdown(text: str) -> str:
 
 def working_mask(item: Item, path: Path | None, size: tuple[int, int]) -> Image.Image | None:
     """A mask or region of an item, "L", scaled to working size as a run does it. Raises EmilieError."""
+    from ..canvas import images  # with which PyTorch comes
+
     return path and images.read_mask(path, images.read_image(item.image).size, size)
 
 

@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..canvas import images
 from ..checkpoint.writing import write_bytes
 from ..errors import BenchError
 from ..toy import judge
@@ -176,6 +175,8 @@ def _measured(run: Run, row: Row, names: dict, scorers: Callable[[], metrics.Sco
         known = {}  # not measured yet, or damaged: it is measured anew
     if key.hexdigest() in known:
         return known[key.hexdigest()]
+    from ..canvas import images  # with which PyTorch comes
+
     pictures = [path and open_picture(path).convert("RGB") for path in (before, after, first)]
     size, target = pictures[-1].size, turns[-1].target
     turns = [replace(t, mask=None, target=None, region=working_mask(item, t.region or t.mask, size)) for t in turns]

@@ -7,12 +7,9 @@ is opened; FOREIGN and BRANDS, what is refused and what to do instead.
 import io
 import logging
 import math
-import os
 import struct
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -20,14 +17,13 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 from PIL import Image
 
-from ..errors import ImageError, note, plain_file, printable
+from ..errors import ImageError, hushed, note, plain_file, printable
 
 Picture = Image.Image | np.ndarray | bytes | str | Path
 
 SMALLEST, LONGEST = 16, 65535  # px: the shortest and the longest side of a picture
 MANY, BARE = 2**24, 400  # px from which, and in a byte of the file beyond which, a picture is not unpacked
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "PPM", "JPEG2000", "QOI")  # others run other programs
-HUSHED = threading.Lock()
 TIFF = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
 RAW = (
     "it is a camera's raw file",
@@ -200,25 +196,6 @@ class quiet:
             self.source.fail("does not fit in memory: scale it down first", cause)
         reason = printable(cause, 200) or type(cause).__name__
         self.source.fail(f"cannot be read as a picture: {reason}", cause)
-
-
-@contextmanager
-def hushed(needed: bool) -> Iterator[None]:
-    """What a library in C writes past Python, as libtiff does, goes nowhere."""
-    with HUSHED if needed else nullcontext():
-        try:
-            kept = os.dup(2) if needed else None
-        except OSError:  # there is no standard error
-            kept = None
-        try:
-            if kept is not None:
-                with open(os.devnull, "wb") as nowhere:
-                    os.dup2(nowhere.fileno(), 2)
-            yield
-        finally:
-            if kept is not None:
-                os.dup2(kept, 2)
-                os.close(kept)
 
 
 @cache

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from ..config import TOKENIZER_FILES, TextConfig
-from ..errors import InstructionError, TokenizerError, printable
+from ..errors import InstructionError, TokenizerError, hushed, printable
 from ..text import LENGTH
 from .schema import parse
 
@@ -79,7 +79,8 @@ class Tokenizer:
                 try:
                     if END not in parse((folder / "vocab.json").read_text(encoding="utf-8")):
                         raise ValueError(f"vocab.json has no {END}")
-                    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+                    with hushed(descriptor=1):  # tokenizers quotes its files there
+                        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
                 except Exception as error:  # tokenizers raises bare Exceptions
                     wrong = printable(f"the tokenizer files in {folder} cannot be read: {error}")
                     raise TokenizerError(f"{wrong}. `emilie download --tokenizer` fetches CLIP's") from error

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from ..checkpoint.schema import parse
-from ..errors import CheckpointError, EmilieError, explain_oom, first_line, printable
+from ..errors import CheckpointError, EmilieError, explain_oom, first_line, hushed, printable
 from ..loading import pick_device
 
 RELEASED = "Salesforce/blip2-opt-2.7b"  # the smallest released one, 15 GB in float32; the paper does not say which
@@ -37,7 +37,8 @@ class Captioner:
         try:
             logging.set_verbosity_error()  # its page on missing tensors becomes one line below
             logging.disable_progress_bar()
-            self.processor = transformers.Blip2Processor.from_pretrained(folder, local_files_only=True)
+            with hushed(descriptor=1):  # tokenizers quotes its files there
+                self.processor = transformers.Blip2Processor.from_pretrained(folder, local_files_only=True)
             with explain_oom(f"while {printable(model)} was loaded"):
                 self.model, report = transformers.Blip2ForConditionalGeneration.from_pretrained(
                     folder, local_files_only=True, dtype=dtype, output_loading_info=True
