@@ -193,7 +193,7 @@ class Visitor:
         self.put_down()
         if again:
             return f"Edit {k} stays as it was"
-        own = [{name: own[name] for name in own} for own in state.settings.get("own", [])]
+        own = [dict(one) for one in state.settings.get("own", [])]
         first, *rest = state.regions or [(state.instruction, state.mask)]
         self.revised, self.paint = k, first[1]
         self.regions = [(*region, one) for region, one in itertools.zip_longest(rest, own[1:], fillvalue={})]
@@ -207,7 +207,7 @@ class Visitor:
         changes = {n: v for n, v in settings.items() if v is not None and v != state.settings.get(n)}
         if settings["negative"] is None and state.settings.get("negative"):
             changes["negative"] = None
-        old = [(text, mask) for text, mask in state.regions or [(state.instruction, state.mask)]]
+        old = state.regions or [(state.instruction, state.mask)]
         same = [(t, m and m.tobytes()) for t, m, *_ in regions] == [(t, m and m.tobytes()) for t, m in old]
         if not same or any(own and own[0] for _, _, *own in regions):
             own_size = (lambda mask: mask) if self.photo is None else self.photo.at_own_size

@@ -543,11 +543,12 @@ def bootstrap(
     means = np.array([np.nanmean(row) for row in rows])
     if len(means) < 2:
         return Interval(float(means.mean()) if len(means) else np.nan, np.nan, np.nan, len(means), missing)
-    run = np.array([[not np.isnan(row[i]).all() for i in range(seeds)] for row in rows]).any(0)  # (seeds,)
-    rows += [np.where(run, value, np.nan)[:, None] for value in pseudo]
     sums = np.array([np.nansum(row, 1) for row in rows])  # (items, seeds)
     counts = np.array([(~np.isnan(row)).sum(1) for row in rows])
-    drawn = resampled(sums, counts, times_drawn(seeds, n, seed), times_drawn(len(rows), n, seed + 1))
+    run = counts.any(0).astype(int)  # a seed that no item has a value of has no pseudo-items either
+    sums = np.vstack([sums, *(value * run for value in pseudo)])
+    counts = np.vstack([counts, *(run for _ in pseudo)])
+    drawn = resampled(sums, counts, times_drawn(seeds, n, seed), times_drawn(len(sums), n, seed + 1))
     spare = len(means) - 1
     tail = 100 * stats.norm.cdf(np.sqrt(len(means) / spare) * stats.t.ppf(0.025, spare))
     return Interval(float(means.mean()), *map(float, np.nanpercentile(drawn, (tail, 100 - tail))), len(means), missing)

@@ -155,7 +155,7 @@ class Canvas:
 
     def asked(self, texts: list[str], given: Sequence[Mask | None], own: list[dict], settings: Settings) -> Asked:
         """An edit's instructions, masks and regions' own settings, checked. Raises MaskError, InstructionError."""
-        read = [None if mask is None else self.read_given(mask, settings.soft) for mask in given]
+        read = self.read_each(given, settings.soft)
         masks, shares, union = self.partition(read, settings.soft)
         if union is None and settings.keep_background:
             raise MaskError("keep_background needs a mask for every instruction: without one there is no background")
@@ -295,6 +295,10 @@ class Canvas:
         """A mask as PIL "L" at the size at which it is given. Raises MaskError."""
         return images.read_given(mask, self.original_size, self.state.image.size, soft, self.turned)
 
+    def read_each(self, masks: Sequence[Mask | None], soft: bool = False) -> list[Image.Image | None]:
+        """`read_given` of each; None stays None."""
+        return [None if mask is None else self.read_given(mask, soft) for mask in masks]
+
     def at_working_size(self, given: Image.Image, soft: bool = False) -> tuple[Image.Image, Tensor]:
         """`read_mask` of what `read_given` gave."""
         size, factor = self.state.image.size, self.editor.vae.factor
@@ -308,7 +312,7 @@ class Canvas:
 
         Raises MaskError where one selects nothing, also where one is None and the others leave it nothing.
         """
-        return self.partition([None if mask is None else self.read_given(mask, soft) for mask in masks], soft)
+        return self.partition(self.read_each(masks, soft), soft)
 
     def partition(
         self, given: Sequence[Image.Image | None], soft: bool = False

@@ -112,8 +112,7 @@ class Photo:
 
     def read_given(self, masks: Sequence[Mask | None], soft: bool = False) -> Image.Image | None:
         """The union of masks at the photo's size, see `images.union`; None: it is not known at that size."""
-        given = [None if mask is None else self.canvas.read_given(mask, soft) for mask in masks]
-        return images.union(given, self.photo.size, soft)
+        return images.union(self.canvas.read_each(masks, soft), self.photo.size, soft)
 
     def at_own_size(self, mask: Image.Image) -> Image.Image:
         """A mask of the working picture as one of the photo."""

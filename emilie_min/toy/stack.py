@@ -23,6 +23,7 @@ from ..loading import load
 from . import world
 from .evaluate import FIRST, TURNS
 from .judge import judge
+from .where import cells
 
 HEAD, SEEDS = 8 * 10**5, 2000  # the first chain's seed after `FIRST`, which no other measure uses; tries at most
 
@@ -60,18 +61,17 @@ def chain(editor: Editor, seed: int, masked: bool) -> dict | None:
 def outside(canvas: Canvas, top: int, k: int, same: Tensor) -> bool:
     """Whether latent and picture are what they were, to the bit, wherever edit k, from 0, changed nothing."""
     apart = support(canvas.states[k].latent, canvas.states[k + 1].latent)[1]
-    cells = ~apart[0, 0].numpy()
+    untouched = ~apart[0, 0].numpy()
     now, then = (np.asarray(image) for image in (canvas.image, canvas.states[top].image))
-    factor = canvas.editor.vae.factor
-    kept = (now == then).all(-1).reshape(cells.shape[0], factor, cells.shape[1], factor).all((1, 3))
-    return bool(same[0].numpy()[cells].all() and kept[cells].all())
+    kept = cells((now == then).all(-1), canvas.editor.vae.factor) == 1
+    return bool(same[0].numpy()[untouched].all() and kept[untouched].all())
 
 
 def interval(right: int, n: int) -> list[float]:
     """Wilson's 95% interval of a share."""
-    z, p = 1.96, right / n
-    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return [round((middle + sign * half) / (1 + z * z / n), 3) for sign in (-1, 1)]
+    from scipy import stats
+
+    return [round(float(bound), 3) for bound in stats.binomtest(right, n).proportion_ci(method="wilson")]
 
 
 def summary(rows: list[dict]) -> dict:

@@ -14,7 +14,7 @@ from pathlib import Path
 from emilie_min.app.cli import parser
 
 from .judge import Case
-from .kinds import EVIL, MODEL, NIGHT
+from .kinds import EVIL, MODEL, NIGHT, RANDOM
 
 NOBODY = 65534
 
@@ -48,38 +48,12 @@ LINES = {  # what reads or writes each kind of file, "F"
     ],
     "tiny.ckpt": [["info", "F"], ["convert", "F", "o.safetensors", "--config", "tiny.yaml"]],
     "tiny.yaml": [
-        ["edit", "photo.png", NIGHT, "--config", "F", "--weights", "random", "--device", "cpu"],
+        ["edit", "photo.png", NIGHT, "--config", "F", *RANDOM],
         ["convert", "tiny.ckpt", "o.safetensors", "--config", "F"],
     ],
-    "tokenizer": [
-        [
-            "edit",
-            "photo.png",
-            NIGHT,
-            "--config",
-            "clip.yaml",
-            "--tokenizer",
-            "F",
-            "--weights",
-            "random",
-            "--device",
-            "cpu",
-        ]
-    ],
+    "tokenizer": [["edit", "photo.png", NIGHT, "--config", "clip.yaml", "--tokenizer", "F", *RANDOM]],
     "tokenizer/vocab.json": [
-        [
-            "edit",
-            "photo.png",
-            NIGHT,
-            "--config",
-            "clip.yaml",
-            "--tokenizer",
-            "tokenizer",
-            "--weights",
-            "random",
-            "--device",
-            "cpu",
-        ]
+        ["edit", "photo.png", NIGHT, "--config", "clip.yaml", "--tokenizer", "tokenizer", *RANDOM]
     ],
     "b": [["bench", "check", "F"], ["bench", "run", "F", "--methods", "ip2p", "--out", "r2", *MODEL]],
     "b/bench.jsonl": [["bench", "check", "b"], ["bench", "run", "b", "--methods", "ip2p", "--out", "r2", *MODEL]],
@@ -250,7 +224,7 @@ def environs(rng: random.Random | None, folder: Path) -> Case:
         ["edit", "--help"],
         ["bench", "report", "r", "--out", "p"],
         ["stack", "c.canvas", "hide", "1", *MODEL],
-        ["edit", "photo.png", NIGHT, "--config", "clip.yaml", "--weights", "random", "--device", "cpu"],
+        ["edit", "photo.png", NIGHT, "--config", "clip.yaml", *RANDOM],
         ["edit", "--batch", "photo.png", NIGHT, *MODEL],
         ["bench", "study", "r", "--out", "s"],
         ["download", "--out", "w"],
