@@ -113,8 +113,11 @@ def test_together_is_one_by_one(pictures, editor, capsys, monkeypatch):
         assert (alone.latent - canvas.latent).abs().max() < 1e-4 * alone.latent.abs().max()
         assert alone.state.settings == canvas.state.settings and alone.state.parent == canvas.state.parent
     assert together.can(steps=3, text_scale=2.0) and not together.can(reuse=2) and not together.can(gate="eq8")
-    with pytest.raises(CanvasError, match="together"):
-        list(together.steps([canvases[0], open_photo(Image.new("RGB", (64, 64)), editor).canvas], NIGHT))
+    black = Image.new("RGB", (64, 64))
+    large, other, fresh = (open_photo(black, editor, *how).canvas for how in ((0, 128), (1,), (0,)))
+    for each, more in ((large, {}), (other, {}), (fresh, {}), (canvases[1], {"gate": "eq8"})):
+        with pytest.raises(CanvasError, match="together"):
+            list(together.steps([canvases[0], each], NIGHT, **more))
 
     real, sizes = together.steps, []
 
