@@ -216,9 +216,9 @@ def test_no_benchmark_at_all(tmp_path):
     assert "is not in UTF-8 (byte 8)" in refused(data.read, tmp_path)
 
 
-def test_reading_needs_no_torch():
-    code = "import sys, emilie_min.bench.readers, emilie_min.bench.report; from emilie_min.bench.cli import which; "
-    code += "which(None, None, '', ''); print('torch' in sys.modules)"
+def test_reading_and_checking_need_no_torch(bench):
+    code = "import sys, emilie_min.bench.readers, emilie_min.bench.report; from emilie_min.bench import cli, data; "
+    code += f"cli.which(None, None, '', ''); data.check({str(bench)!r}); print('torch' in sys.modules)"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert out.stdout.strip() == "False"

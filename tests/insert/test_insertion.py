@@ -1,5 +1,6 @@
 """Object insertion: an inset and its mask, where and what, the edit, and the command with its three pictures."""
 
+import json
 import shutil
 from functools import partial
 
@@ -173,6 +174,25 @@ def test_a_blip2_that_lacks_tensors_is_refused(tmp_path):
     save_file(state, lame / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="lacks 1 tensors of a BLIP-2, such as query_tokens"):
         Captioner(lame)
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (
+            lambda config: config.pop("vision_config"),
+            r"a model of 2 GB in float16, and its weight files have 0\.0015",
+        ),
+        (lambda config: config["qformer_config"].update(num_hidden_layers=10**7), "more than 1000 layers"),
+    ],
+)
+def test_a_blip2_whose_config_is_of_a_larger_model_is_refused_before_that_is_made(change, told, tmp_path):
+    larger = shutil.copytree(BLIP2, tmp_path / "larger")
+    config = json.loads((larger / "config.json").read_text())
+    change(config)
+    (larger / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=told):
+        Captioner(larger, "cpu")
 
 
 def test_the_captioner_leaves_a_full_card(captioner, monkeypatch):
