@@ -98,6 +98,7 @@ def test_what_cannot_be_inserted_is_told_and_harms_nothing(visitor):
         ({"place": painted((0, 0, 9, 9), (9, 9))}, MaskError, "same size"),
         ({"caption": "a zeppelin " * 999}, InstructionError, "too long"),
         ({"n": 10**6}, CanvasError, "from 1 to 64"),
+        ({"n": 2.5}, CanvasError, "from 1 to 64"),
     ):
         with pytest.raises(error, match=told):
             propose(visitor, **given)

@@ -138,7 +138,11 @@ FAULTS = {  # a change to the second line, and what must be said of it
     given(truth={**SCENE.to_dict(), "ground": "lava"}): "truth: is no scene",
     given(truth={**SCENE.to_dict(), "sky": "blue"}): "truth: is no scene",
     given(truth={**SCENE.to_dict(), "objects": SCENE.to_dict()["objects"][:1] * 2}): "truth: is no scene",
-    given(truth=replace(SCENE, objects=(replace(SCENE.objects[0], dx=9),)).to_dict()): "truth: is no scene",
+    given(truth=replace(SCENE, style="fog").to_dict()): "truth: is no scene",
+    **{
+        given(truth=replace(SCENE, objects=(replace(SCENE.objects[0], **wrong),)).to_dict()): "truth: is no scene"
+        for wrong in ({"dx": 9}, {"dy": 0.5}, {"shape": "cube"}, {"colour": "beige"})
+    },
     given(image="a" * 10**6): "image: there is no file aaa",
     given(image="\x1b[31m.png"): "image: there is no file ?[31m.png",
     given(id="\x1b[31m" * 10**5): "id must be of letters",
