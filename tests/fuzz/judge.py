@@ -100,7 +100,8 @@ def _child(case: Case, folder: Path, writers: list[int], log: Path, seconds: flo
         def audit(event: str, args: tuple) -> None:
             if (
                 event in STARTS
-                and "fc-list" not in args
+                and args[0] not in ("fc-list", "uname")
+                and case.argv[:1] != ["speed"]  # which measures in processes of its own
                 or event == "socket.connect"
                 and args[1][0] not in ("127.0.0.1", "::1")
             ):
@@ -146,7 +147,11 @@ def judge(case: Case, folder: Path, memory: int | None = None, seconds: float = 
     result = run(case, folder, seconds)
     after, short = files(folder), []
     err = [line.rpartition("\r")[2] for line in result.err.split("\n")]
-    err = [line for line in err if line.strip() and not re.match(r".*\d+%\|.*\||.*\d+it \[|.*\dedit \[", line)]
+    err = [
+        line
+        for line in err
+        if line.strip() and not re.match(r".*\d+%\|.*\||.*\d+it \[|.*\dedit \[|emilie, .*: ready after", line)
+    ]
     errors = [line for line in err if not line.startswith("emilie: note: ")]
     if result.code == -999:
         return [f"hangs: still there after {seconds} s: {' < '.join(line.strip() for line in result.told[1:4])}"], 0
