@@ -33,6 +33,7 @@ class Case:
     before: Callable[[], None] | None = None  # done in the process, as to break something in it
     well: Callable[[Path], str | None] | None = None  # what else must hold where it ended well
     lines: int = 1  # that an error may have
+    speaks: bool = False  # whether it tells how far it is, and measures in processes of its own
 
 
 @dataclass
@@ -101,7 +102,7 @@ def _child(case: Case, folder: Path, writers: list[int], log: Path, seconds: flo
             if (
                 event in STARTS
                 and args[0] not in ("fc-list", "uname")
-                and case.argv[:1] != ["speed"]  # which measures in processes of its own
+                and not case.speaks
                 or event == "socket.connect"
                 and args[1][0] not in ("127.0.0.1", "::1")
             ):
@@ -147,11 +148,7 @@ def judge(case: Case, folder: Path, memory: int | None = None, seconds: float = 
     result = run(case, folder, seconds)
     after, short = files(folder), []
     err = [line.rpartition("\r")[2] for line in result.err.split("\n")]
-    err = [
-        line
-        for line in err
-        if line.strip() and not re.match(r".*\d+%\|.*\||.*\d+it \[|.*\dedit \[|emilie, .*: ready after", line)
-    ]
+    err = [line for line in err if line.strip() and not re.match(r".*\d+%\|.*\||.*\d+it \[|.*\dedit \[", line)]
     errors = [line for line in err if not line.startswith("emilie: note: ")]
     if result.code == -999:
         return [f"hangs: still there after {seconds} s: {' < '.join(line.strip() for line in result.told[1:4])}"], 0
@@ -166,7 +163,7 @@ def judge(case: Case, folder: Path, memory: int | None = None, seconds: float = 
         short.append("refused without a word")
     if result.code == 2 and errors and not re.match(r"emilie[\w -]*: (error|interrupted)", errors[0]):
         short.append(f"no error of ours: {errors[0][:200]!r}")
-    if result.code == 0 and errors:
+    if result.code == 0 and errors and not case.speaks:
         short.append(f"ended well, and said {errors[:2]}")
     if result.code == 0 and case.refuse:
         short.append("accepted")
