@@ -162,7 +162,7 @@ def test_captions_in_other_scripts(text):
 
 
 def test_captions_for_which_no_font_is_here_are_told(monkeypatch):
-    monkeypatch.setattr(strip, "FONTS", [])
+    monkeypatch.setattr(strip, "FONTS", ["no font of this name"])
     with pytest.warns(UserWarning, match="captions lack 写"):
         strip.strip(cell("写"))
 
