@@ -110,7 +110,7 @@ def read_part(part: Box, size: tuple[int, int]) -> Box:
         x0, y0, x1, y1 = (operator.index(v) for v in part)
     except (TypeError, ValueError):
         raise ImageError(f"a part is four whole numbers x0, y0, x1, y1, not {printable(part, 80)}") from None
-    if not (0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]) or min(x1 - x0, y1 - y0) < SMALLEST:
+    if min(x0, y0) < 0 or x1 > size[0] or y1 > size[1] or min(x1 - x0, y1 - y0) < SMALLEST:
         raise ImageError(
             f"part {x0},{y0},{x1},{y1} is no box of the picture of {size[0]}x{size[1]}, {SMALLEST} px a side"
         )

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="not installed: gradio"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio.*"),
 ]
-LOAD, EDIT, SCENE, OPENED, UNDO, REDO, TREE, _, EXAMPLES = range(9)  # the page's events by their numbers
+LOAD, EDIT, SCENE, OPENED, UNDO, REDO, TREE, STACK, STOP, EXAMPLES = range(10)  # the page's events by their numbers
 INSET, INSET_MASK, PLACES, AWAY, INSERT = range(14, 19)
 EDIT_BY_NAME, GO_BY_NAME = 21, 27
 
@@ -111,6 +111,12 @@ def test_what_else_an_event_brings_goes_no_further(caller, secret):
     assert "of the small world" in told
 
 
+def scaled(text: str) -> bytes:
+    """An edit whose text scale is written so."""
+    values = f'[null, "x", "", false, false, {text}, 1, 2, null, "anchor", "", 1]'
+    return f'{{"fn_index": {EDIT}, "session_hash": "a", "data": {values}}}'.encode()
+
+
 BODIES = {
     "no JSON": b"data=1",
     "a list": b"[]",
@@ -124,10 +130,11 @@ BODIES = {
     "no page": b'{"fn_index": 4, "data": [null]}',
     "a page that is a path": b'{"fn_index": 4, "session_hash": "../a", "data": [null]}',
     "a page that is a list": b'{"fn_index": 4, "session_hash": ["a"], "data": [null]}',
-    "not a number": b'{"fn_index": 1, "session_hash": "a", "data": [null, "x", "", false, false, NaN, 1, 2, null, ""]}',
-    "infinite": b'{"fn_index": 1, "session_hash": "a", "data": [null, "x", "", false, false, 1e999, 1, 2, null, ""]}',
-    "a text": b'{"fn_index": 1, "session_hash": "a", "data": [null, "x", "", false, false, "1", 1, 2, null, ""]}',
-    "a number": b'{"fn_index": 1, "session_hash": "a", "data": [null, 1, "", false, false, 1, 1, 2, null, "eq8"]}',
+    "not a number": scaled("NaN"),
+    "infinite": scaled("1e999"),
+    "a text": scaled('"1"'),
+    "a number": scaled("1").replace(b'"x"', b"1"),
+    "no list of data": b'{"fn_index": %d, "session_hash": "a", "data": {}}' % STOP,
     "no UTF-8": b"\xff\xfe\x00",
     "of many parts": b'{"fn_index": 4, "session_hash": "a", "data": [null], "x": [%s0]}' % (b"0," * 10_000),
     "a large number": b'{"fn_index": 27, "session_hash": "a", "data": [null, 1%s]}' % (b"0" * 20),
@@ -142,12 +149,47 @@ def test_a_malformed_event(name, caller):
         assert caller.ask("POST", path, BODIES[name], Content_Type="application/json")[0] == 422
 
 
+@pytest.mark.parametrize(
+    ("more", "kept"),
+    [
+        ({"state": 3}, {"state": "3"}),
+        ({"state": "3", "change": "hide", "value": 0.5}, {"state": "3", "change": "hide", "value": "0.5"}),
+        ({"state": "3", "change": "hide", "value": "0.5; x"}, {"state": "3"}),
+        ({"state": "3", "change": "hide"}, {"state": "3"}),
+        ({"state": "3", "change": "forget", "value": "1"}, {"state": "3"}),
+        ({"state": "3", "change": ["hide"], "value": "1"}, {"state": "3"}),
+        ({"state": "-3"}, {}),
+        ({"state": ["3"], "change": "hide", "value": "1"}, {}),
+        ([{"state": "3"}], {}),
+    ],
+)
+def test_what_a_click_says_is_read_by_its_words(more, kept):
+    event = {"fn_index": 0, "session_hash": "a", "data": [], "trigger_id": [1], "event_data": more}
+    plain = door.Door(lambda *_: None, {0: []}).plain
+    told = json.loads(plain(json.dumps(event).encode()))
+    assert told.keys() == {"fn_index", "session_hash", "data", "event_data"}
+    assert told["event_data"].pop("asked") <= time.time() and told["event_data"] == kept
+
+
+def test_what_is_spoiled_there_is_an_event(page, caller):
+    assert page.fns[STOP].inputs == []
+    assert caller.ask("POST", "/gradio_api/queue/join", scaled("1"), Content_Type="application/json")[0] == 200
+
+
+def test_an_event_before_the_page_is_loaded_is_told(page):
+    from pages import Caller
+
+    stranger = Caller(page)
+    assert "there is no picture yet" in stranger.do(EDIT, stranger.edit("make it night"))
+
+
 CLOSED = """
 GET /gradio_api/file={secret} | GET /file={secret} | GET /gradio_api/file/{secret} | HEAD /gradio_api/file={secret}
 GET /gradio_api/file=file://{secret} | GET /gradio_api/proxy=http://127.0.0.1:1/x | GET /proxy=file://{secret}
 GET /static/../../../../../../../..{secret} | GET /static/%2e%2e/%2e%2e{secret} | GET /static//{secret}
 GET /static/{secret} | GET /assets/..%2f..%2f..%2f..%2f..%2f..{secret} | GET /assets/..{secret}
 GET /svelte/..{secret} | GET //{secret} | GET {secret} | GET /save/../{secret} | GET /save/x/..%2f{secret}
+GET /static/a/..{secret} | GET /assets/a/../../x
 GET /theme.css/..{secret} | GET /custom_component/0/server/x/y
 GET /gradio_api/custom_component/0/client/component/..{secret}
 GET /gradio_api/openapi.json | GET /gradio_api/deep_link?session_hash=x | GET /gradio_api/runs
@@ -616,6 +658,14 @@ def test_with_a_link_that_works_once(editor):
         caller.headers["Cookie"] = headers["set-cookie"].partition(";")[0]
         assert caller.ask("GET", "/")[0] == 200
         assert "of the small world" in caller.do(LOAD, [None])
+
+
+def test_of_wrong_passwords_no_endless_list_is_kept():
+    closed = door.Door(lambda *_: None, {}, local=False, auth=door.Auth("ann:pw"))
+    for i in range(1500):
+        scope = {"type": "http", "headers": [(b"authorization", b"Basic x")], "client": (f"address {i}", 1)}
+        assert not closed.admits(door.Request(scope))
+    assert len(closed.wrong) <= 1001
 
 
 @pytest.mark.parametrize(
