@@ -196,7 +196,7 @@ def _add(canvas, path: Path) -> bool:
         others = _fill(db, canvas)
         db.execute("COMMIT")
     if others:
-        note(f"{printable(path)} has edits that another process added meanwhile: all are kept")
+        note(f"{path} has edits that another process added meanwhile: all are kept")
     return True
 
 
