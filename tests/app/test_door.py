@@ -408,6 +408,13 @@ def test_a_mask_that_unpacks_to_more_than_the_picture(caller):
     assert len(caller.visitor.canvas.states) == 1
 
 
+def test_the_limits_are_those_of_a_small_server():
+    from emilie_min.app import page, visitor
+
+    assert door.EVENT <= 2**26 and door.UPLOAD <= 2**29 and door.WRONG <= 100 and 10 <= door.WHILE <= 3600
+    assert page.PAGES <= 1000 and page.WAITING <= 100 and visitor.REGIONS <= 64 and visitor.LONGEST <= 10_000
+
+
 def test_an_event_has_a_size(caller, monkeypatch):
     monkeypatch.setattr(door, "EVENT", 10_000)
     assert caller.join(EDIT, caller.edit("x" * 10_000))[0] == 413

@@ -310,7 +310,7 @@ def test_bad_edits_change_nothing(canvas, edit, error):
 
 def test_numbers_that_are_not_finite(editor, canvas, monkeypatch):
     monkeypatch.setattr(editor, "denoise", lambda x, *_: x * float("nan"))
-    with pytest.raises(SamplingError, match="not finite"):
+    with pytest.raises(SamplingError, match="the sampled latent is not finite"):
         canvas.edit(NIGHT, **FAST)
     assert canvas.history == []
     monkeypatch.setattr(editor, "encode", lambda x: torch.full((1, 4, 8, 8), float("nan")))

@@ -29,7 +29,7 @@ from emilie_min.errors import EmilieError
 from emilie_min.insert import caption, graconet
 from emilie_min.loading import load, pick_device, shipped
 
-WORDS, LONG, NAME = "\x1b[2J\x07", "\x1b[2J\n" + "x" * 900, "a\x1b[2J\x07"  # the last for a file
+WORDS, LONG, NAME = "\x1b[2J\x07", "\x1b[2J\n" + "x" * 3000, "a\x1b[2J\x07"  # the last for a file
 REFUSED = (EmilieError, ValueError)
 
 
@@ -120,6 +120,7 @@ CALLS = {
     "a dtype": lambda: load(device="cpu", dtype=LONG),
     "a device": lambda: pick_device(LONG),
     "files to make": lambda: edit.make_new([Path(f"{NAME}/x")]),
+    "a long name": lambda: edit.fits(Path(WORDS * 60)),
     "a command": lambda: language.not_a_command(f"{WORDS}.png"),
     "an instruction that is a picture": lambda: language.check([f"{WORDS}.png"]),
     "two words": lambda: language.check([WORDS, LONG]),
@@ -205,11 +206,14 @@ def test_what_the_command_writes_past_its_errors(capsys, monkeypatch):
     for act in (lambda: cli.tell_once(LONG, set()), lambda: cli.main(["edit", "x", "--" + WORDS])):
         with pytest.raises(SystemExit) if "main" in act.__code__.co_names else warnings.catch_warnings():
             act()
-        assert capsys.readouterr().err.strip().isprintable()
-    for error in (OSError(2, "none", WORDS), OSError(WORDS)):
+        said = capsys.readouterr().err.strip()
+        assert said.isprintable() and len(said) < 1100
+    for error in (OSError(2, "none", WORDS), OSError(WORDS), EmilieError(LONG)):
         with monkeypatch.context() as patch:
             patch.setattr(cli, "run_line", lambda argv, error=error: (_ for _ in ()).throw(error))
-            assert cli.main([]) == 2 and capsys.readouterr().err.strip().isprintable()
+            assert cli.main([]) == 2
+            said = capsys.readouterr().err.strip()
+            assert said.isprintable() and len(said) < 1100
     Path("in").mkdir()
     Path(f"in/{NAME}.png").write_bytes(b"\x89PNG")
     shutil.copy(png(), "in/good\x1b.png")
