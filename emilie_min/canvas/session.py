@@ -397,7 +397,9 @@ def _state(i: int, row: Row, photo: tuple[int, int]) -> State:
     record, tensors = row.record, row.tensors
     if found := fault(record, ROOT if i == 0 else RECORD) or strange(record, RECORD):
         raise ValueError(f"state {i}: {found}")
-    if null := [name for where in (record, record["settings"]) for name in FILLED & where.keys() if where[name] is None]:
+    if null := [
+        name for where in (record, record["settings"]) for name in FILLED & where.keys() if where[name] is None
+    ]:
         raise ValueError(f"state {i}: {null[0]} is null")
     texts = record.get("regions") or []
     needed = {"latent", "image"} | ({"z_init", "z_img"} if i == 0 else set())
