@@ -330,7 +330,7 @@ def _rows(path: Path) -> Iterator:
             raise CanvasError(f"{printable(path)} is no canvas of this version: it is an SQLite database of another")
         _check_tables(db)
         sizes = "SELECT length(about) FROM head UNION ALL SELECT length(record) + length(tensors) FROM states"
-        if any(type(size) is not int or size > LARGEST_ROW for (size,) in db.execute(sizes)):
+        if any(size > LARGEST_ROW for (size,) in db.execute(sizes)):
             raise ValueError("a state is larger than any picture that is edited")
         heads = db.execute("SELECT about, digest FROM head").fetchall()
         if len(heads) != 1:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..config import GATES, SamplingConfig
-from ..errors import SamplingError
+from ..errors import SamplingError, printable
 
 RESCALES = ("paper", "signed", "exact", "none")  # how f is found: see `Canvas.image_latent`
 ITERATES = ("latent", "image")  # what the next edit starts from
@@ -51,7 +51,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise SamplingError(f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(allowed)}")
+                given = printable(repr(getattr(self, name)), 60)
+                raise SamplingError(f"unknown {name} {given}: choose from {', '.join(allowed)}")
         for name in ("soft", "keep_background", "allow_empty"):
             self._set(name, bool(getattr(self, name)))
         for name in ("steps", "reuse"):

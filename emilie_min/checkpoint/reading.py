@@ -352,7 +352,7 @@ class Reader:
         e = self.entries[key]
         file = self.open(e.file or self.path)
         if e.offset is None:
-            if rows is not None and e.shape:
+            if rows is not None:
                 return file.get_slice(e.key or key)[:rows]
             return file.get_tensor(e.key or key).view(e.shape)
         if not e.span:

@@ -138,7 +138,11 @@ FAULTS = {  # a change to the second line, and what must be said of it
     given(truth={**SCENE.to_dict(), "ground": "lava"}): "truth: is no scene",
     given(truth={**SCENE.to_dict(), "sky": "blue"}): "truth: is no scene",
     given(truth={**SCENE.to_dict(), "objects": SCENE.to_dict()["objects"][:1] * 2}): "truth: is no scene",
-    given(truth=replace(SCENE, objects=(replace(SCENE.objects[0], dx=9),)).to_dict()): "truth: is no scene",
+    given(truth=replace(SCENE, style="fog").to_dict()): "truth: is no scene",
+    **{
+        given(truth=replace(SCENE, objects=(replace(SCENE.objects[0], **wrong),)).to_dict()): "truth: is no scene"
+        for wrong in ({"dx": 9}, {"dy": 0.5}, {"shape": "cube"}, {"colour": "beige"})
+    },
     given(image="a" * 10**6): "image: there is no file aaa",
     given(image="\x1b[31m.png"): "image: there is no file ?[31m.png",
     given(id="\x1b[31m" * 10**5): "id must be of letters",
@@ -216,9 +220,9 @@ def test_no_benchmark_at_all(tmp_path):
     assert "is not in UTF-8 (byte 8)" in refused(data.read, tmp_path)
 
 
-def test_reading_needs_no_torch():
-    code = "import sys, emilie_min.bench.readers, emilie_min.bench.report; from emilie_min.bench.cli import which; "
-    code += "which(None, None, '', ''); print('torch' in sys.modules)"
+def test_reading_and_checking_need_no_torch(bench):
+    code = "import sys, emilie_min.bench.readers, emilie_min.bench.report; from emilie_min.bench import cli, data; "
+    code += f"cli.which(None, None, '', ''); data.check({str(bench)!r}); print('torch' in sys.modules)"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert out.stdout.strip() == "False"

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError
 import numpy as np
 import pytest
 import torch
+from command import run as command
 from PIL import Image
 from safetensors.torch import load_file, save
 
@@ -204,8 +205,13 @@ def test_a_method_of_ones_own_comes_from_a_file(mine, tmp_path):
     (tmp_path / "broken.py").write_text("import nothing_of_that_name")
     with pytest.raises(BenchError, match="cannot be run: ModuleNotFoundError"):
         parse(f"{tmp_path / 'broken.py'}:Mine")
-    with pytest.raises(BenchError, match="has no class Other"):
-        parse(f"{tmp_path / 'mine.py'}:Other")
+    others = "from emilie_min.methods.base import Method\nOther = 3\nclass Plain: pass\nclass Bare(Method): pass\n"
+    (tmp_path / "others.py").write_text(others)
+    for name in ("None", "Other", "Plain", "Bare"):
+        with pytest.raises(BenchError, match=f"has no class {name}"):
+            parse(f"{tmp_path / 'others.py'}:{name}")
+    with pytest.raises(BenchError, match="name the class behind the file"):
+        parse(f"{tmp_path / 'mine.py'}:strength=0.5")
 
 
 # ---- runs
@@ -369,8 +375,14 @@ def test_a_benchmark_that_changed_is_told(tmp_path):
         run(tmp_path / "bench", ["ip2p"], tmp_path / "run", [0], RANDOM, steps=1)
     with pytest.raises(BenchError, match="run.json cannot be read"):
         read_run(tmp_path)
-    with pytest.raises(BenchError, match="one method and one seed"):
-        run(tmp_path / "bench", ["ip2p"], tmp_path / "run", [], RANDOM)
+    for methods, seeds in ((["ip2p"], []), ([], [0])):
+        with pytest.raises(BenchError, match="one method and one seed"):
+            run(tmp_path / "bench", methods, tmp_path / "run", seeds, RANDOM)
+    for shard in ((0, 2), (3, 2)):
+        with pytest.raises(BenchError, match="give i/n with i from 1 to n"):
+            run(tmp_path / "bench", ["ip2p"], tmp_path / "run", [0], RANDOM, shard)
+    with pytest.raises(BenchError, match="have the same name"):
+        run(tmp_path / "bench", ["ip2p", "ip2p"], tmp_path / "run", [0], RANDOM)
 
 
 @pytest.mark.parametrize(
@@ -431,7 +443,7 @@ def test_torchrun_and_shard_split_the_work():
     for text in ("0/2", "3/2", "1", "a/b", "1/"):
         with pytest.raises(BenchError, match="give I/N"):
             which_shard(text, {})
-    for environ in ({"WORLD_SIZE": "x"}, {"WORLD_SIZE": "2", "RANK": "2"}, {"RANK": "\x1b"}):
+    for environ in ({"WORLD_SIZE": "x"}, {"WORLD_SIZE": "2", "RANK": "2"}, {"RANK": "-1"}, {"RANK": "\x1b"}):
         with pytest.raises(BenchError, match="as torchrun sets them"):
             which_shard(None, environ)
 
@@ -504,13 +516,21 @@ def test_a_run_needs_no_metadata_of_an_installed_package(bench, tmp_path, monkey
         (["--methods", "emily"], "no method 'emily'"),
         (["--seeds", "one"], "give whole numbers"),
         (["--shard", "3/2"], "give I/N"),
+        (["--steps", "0"], "whole number from 1 to 10000"),
+        (["--steps", "10001"], "whole number from 1 to 10000"),
+        (["--steps", "x"], "whole number from 1 to 10000"),
         (["--weights", "there_is_none.safetensors"], "no weights at"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, bench, tmp_path, capsys):
-    assert cli.main(["bench", "run", str(bench), "--out", str(tmp_path / "run"), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and message in error
+    code, _, err = command("bench", "run", bench, "--out", tmp_path / "run", *arguments, capsys=capsys)
+    assert code == 2 and len(err) == 1 and message in err[0]
+
+
+@pytest.mark.parametrize("setting", ["guidance", "guidance=", "guidance= , "])
+def test_values_to_try_have_a_name(setting, tmp_path, capsys):
+    code, _, err = command("bench", "tune", tmp_path / "out", "--setting", setting, capsys=capsys)
+    assert code == 2 and len(err) == 1 and "give a name and values" in err[0]
 
 
 def test_tuning_chooses_by_pictures_right_on_scenes_of_its_own(mine, tmp_path, monkeypatch):
@@ -524,6 +544,8 @@ def test_tuning_chooses_by_pictures_right_on_scenes_of_its_own(mine, tmp_path, m
     of = record["methods"][str(mine)]
     assert set(of["tried"]) == {"strength=0", "strength=3"} and of["chosen"] in of["tried"]
     assert tune.SEED != 0  # that of every committed benchmark
+    with pytest.raises(BenchError, match="has 2 scenes and not 3"):
+        tune.tune(tmp_path / "out", [str(mine)], tried, scenes=3)
     with pytest.raises(BenchError, match="nothing to choose"):
         tune.tune(tmp_path / "none", [f"{mine}:strength=1"], {"strength": ("0",)}, scenes=2)
 

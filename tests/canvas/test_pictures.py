@@ -195,6 +195,17 @@ def test_png_gamma():
     assert np.abs(np.asarray(image)[..., 0] - GREY * 1.0).mean() < 4
 
 
+def test_other_primaries_are_told():
+    from PIL.PngImagePlugin import PngInfo
+
+    def read(red: int) -> list[str]:
+        info = PngInfo()
+        info.add(b"cHRM", struct.pack(">8I", 31270, 32900, red, 33000, 30000, 60000, 15000, 6000))
+        return told(images.read_image, encoded(Image.fromarray(SCENE), pnginfo=info))[1]
+
+    assert read(64000) == [] and ["cHRM" in note for note in read(68000)] == [True]
+
+
 def test_masks_are_not_converted():
     mask = Image.fromarray(np.where(GREY > 150, 255, 0).astype(np.uint8))
     data = encoded(mask, icc_profile=profile(gamma=1.0, space=b"GRAY"))
@@ -268,7 +279,8 @@ def test_what_is_assumed_is_told(values, words, white):
     "values",
     [
         np.where(GREY > 100, np.nan, 0.5).astype("<f4"),
-        np.full((32, 32), np.inf, "<f4"),
+        np.where(GREY > 100, np.inf, 0.5).astype("<f4"),
+        GREY.astype("<f4") * 400,
         GREY.astype("<f4") - 128,
         GREY.astype("<i4") * 3000,
         GREY.astype("<f4") / 12,
@@ -300,11 +312,32 @@ def test_other_tiffs_by_tifffile_or_told(values, photometric, meant, monkeypatch
     assert not notes and off(image, meant) <= 1
 
 
-def test_deep_planes():
-    tifffile = pytest.importorskip("tifffile")
+def by_tifffile(values: np.ndarray, **options) -> bytes:
     file = io.BytesIO()
-    tifffile.imwrite(file, SCENE.transpose(2, 0, 1).astype(np.uint16) * 257, photometric="rgb", planarconfig="separate")
-    assert off(images.read_image(file.getvalue()), SCENE) == 0
+    pytest.importorskip("tifffile").imwrite(file, values, **options)
+    return file.getvalue()
+
+
+def test_deep_planes():
+    planes = SCENE.transpose(2, 0, 1).astype(np.uint16) * 257
+    assert off(images.read_image(by_tifffile(planes, photometric="rgb", planarconfig="separate")), SCENE) == 0
+
+
+def test_what_tifffile_reads_is_looked_at_too(monkeypatch):
+    image, notes = told(images.read_image, by_tifffile(np.stack([GREY / 255.0] * 2), photometric="minisblack"))
+    assert off(image, GREY[..., None]) == 0 and len(notes) == 1 and "2 pages" in notes[0]
+    with pytest.raises(ImageError, match="raw file"):
+        images.read_image(tiff(GREY, 32803))  # the sensor's mosaic
+    for channels in (2, 5):  # fewer than colours, and more than colours and alpha
+        data = tiff(np.zeros((32, 32, channels)), 2)
+        with pytest.raises(ImageError, match="of a kind that is not read"):
+            images.read_image(data)
+    wide = tiff(np.zeros((2, 70000)))
+    with pytest.raises(ImageError, match="longer than 65535"):
+        images.read_image(wide)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(ImageError, match="too large"):
+        images.read_image(tiff(GREY / 255.0))
 
 
 # ---- transparency
@@ -425,11 +458,21 @@ def test_sizes_are_looked_at_before_pixels(monkeypatch):
     wide = tiff(np.zeros((2, 70000), np.uint8))
     with pytest.raises(ImageError, match="longer than 65535"):
         images.read_image(wide)
-    bomb = png16(np.zeros((4, 4, 1)))
-    bomb = bomb[:16] + struct.pack(">II", 60000, 60000) + bomb[24:]
-    bomb = bomb[:29] + struct.pack(">I", zlib.crc32(bomb[12:29])) + bomb[33:]
-    with pytest.raises(ImageError, match="too large"):
-        images.read_image(bomb)
+    for side, why in ((60000, "too large"), (5000, "which no photo has")):
+        bomb = png16(np.zeros((4, 4, 1)))
+        bomb = bomb[:16] + struct.pack(">II", side, side) + bomb[24:]
+        bomb = bomb[:29] + struct.pack(">I", zlib.crc32(bomb[12:29])) + bomb[33:]
+        with pytest.raises(ImageError, match=why):
+            images.read_image(bomb)
+
+
+def test_a_picture_that_does_not_fit_in_memory_is_told(monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", full)
+    with pytest.raises(ImageError, match="memory"):
+        images.read_image(png16(np.zeros((4, 4, 1))))
 
 
 def test_a_source_may_be_bytes_a_path_or_a_name(tmp_path):
@@ -443,6 +486,13 @@ def test_a_note_points_at_who_called():
     with pytest.warns(UserWarning) as caught:
         images.read_image(Image.new("LA", (32, 32)))
     assert [w.filename for w in caught] == [__file__]
+
+
+def test_without_littlecms_pictures_are_written_all_the_same(monkeypatch):
+    pictures.srgb_profile.cache_clear()
+    monkeypatch.setattr(ImageCms, "createProfile", lambda *_: 1 / 0)
+    assert pictures.srgb_profile() is None
+    pictures.srgb_profile.cache_clear()
 
 
 def test_the_written_profile_is_always_the_same():

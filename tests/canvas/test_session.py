@@ -19,6 +19,7 @@ import pytest
 import torch
 from pseudo import DATA
 from safetensors import safe_open
+from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 
 import emilie_min as emilie
@@ -157,6 +158,7 @@ def test_what_is_no_session(editor, canvas, tmp_path):
     for none in (path, folder):
         with pytest.raises(CanvasError, match="no canvas at"):
             emilie.open(none, editor)
+    assert not session.is_session(tmp_path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(CanvasError, match="no canvas of this version"):
         emilie.open(path, editor)
@@ -179,7 +181,7 @@ def test_a_session_is_told_by_what_it_holds_and_keeps_its_seed_and_size(editor, 
     canvas.save(tmp_path / "c.canvas")
     (tmp_path / "c.canvas").rename(tmp_path / "named otherwise")
     assert emilie.open(tmp_path / "named otherwise", editor).seed == 5
-    for more in ({"seed": 5}, {"resolution": 64}):
+    for more in ({"seed": 5}, {"resolution": 64}, {"part": (0, 0, 32, 32)}):
         with pytest.raises(CanvasError, match="leave them out"):
             emilie.open(tmp_path / "named otherwise", editor, **more)
 
@@ -246,6 +248,14 @@ def spoiled(about: dict, tensors: dict) -> dict[str, Callable]:
     ways["a region twice"] = lambda: states[1]["regions"].append(states[1]["regions"][1])
     ways["a region less"] = lambda: states[1]["regions"].pop()
     ways["regions exchanged"] = lambda: states[1]["regions"].reverse()
+    ways["regions without masks"] = lambda: [tensors.pop(f"1.{key}") for key in ("mask", "mask.0", "mask.1")]
+    ways["own settings of one region of two"] = put(states[1]["settings"], "own", [{}])
+    for strength in (-0.5, 1.5):
+        ways[f"a strength of {strength}"] = put(last, "strength", strength)
+    ways["made from nothing"] = put(
+        last, "made", {"change": "hide", "edit": 1, "way": "support", "from": "none", "calls": 0}
+    )
+    ways["scrubbed from nothing"] = put(last["settings"], "scrubbed", {"step": 1, "of": "none"})
     ways["a field too many"] = put(last, "mood", "calm")
     ways["a tensor too many"] = put(tensors, "2.mask.0", tensors["1.mask"].clone())
     ways["a mask of the picture"] = put(tensors, "0.mask", tensors["1.mask"].clone())
@@ -259,6 +269,8 @@ def spoiled(about: dict, tensors: dict) -> dict[str, Callable]:
     for at, data in ((0, whole), (2, longer), (2, cut), (2, b"none"), (2, whole + b"more")):
         packed = torch.frombuffer(bytearray(data), dtype=torch.uint8)[None]
         ways[f"a photo's mask of {at}: {data!r}"] = put(tensors, f"{at}.given", packed)
+    packed = torch.frombuffer(bytearray(whole), dtype=torch.uint8)[:, None]
+    ways["a photo's mask in rows"] = put(tensors, "2.given", packed)
     for key in ("2.latent", "z_init", "z_img"):
         for value in (math.inf, math.nan):
             ways[f"{key} {value}"] = lambda key=key, value=value: tensors[key][0, 1, 2].fill_(value)
@@ -288,6 +300,49 @@ def test_a_spoiled_record_is_refused_and_never_rewritten(editor, edited, tmp_pat
         assert "\n" not in str(told.value) and path.read_bytes() == whole, way
         tried += 1
     assert tried > 100
+
+
+NO_TENSORS = {
+    "halves": torch.zeros(1, 4, 8, 8).half(),
+    "one dimension": torch.zeros(256),
+    "five dimensions": torch.zeros(1, 1, 4, 8, 8),
+}
+
+
+@pytest.mark.parametrize("name", [*NO_TENSORS, "nothing"])
+def test_what_is_no_latent_and_no_picture_is_called_so(editor, edited, tmp_path, name):
+    wrong, path = NO_TENSORS.get(name, torch.zeros(1, 0)), tmp_path / "c.canvas"
+    edited.save(path)
+    with changed(path) as db:
+        db.execute("UPDATE states SET tensors = ? WHERE number = 2", [to_bytes({"latent": wrong})])
+        resigned(db)
+    with pytest.raises(CanvasError, match="'latent' is no latent and no picture"):
+        emilie.open(path, editor)
+    if name in NO_TENSORS:
+        about, tensors = of_before(edited)
+        before(path, about, tensors | {"2.latent": wrong})
+        with pytest.raises(CanvasError, match="'2.latent' is no latent and no picture"):
+            emilie.open(path, editor)
+
+
+@pytest.mark.parametrize("states", [[], {}, 3])
+def test_no_list_of_states(editor, edited, tmp_path, states):
+    about, tensors = of_before(edited)
+    before(tmp_path / "c.canvas", about | {"states": states}, tensors)
+    with pytest.raises(CanvasError, match="no list of states"):
+        emilie.open(tmp_path / "c.canvas", editor)
+
+
+def test_another_journal_is_left_alone(editor, edited, tmp_path):
+    """SQLite would put files beside it."""
+    path = tmp_path / "c.canvas"
+    edited.save(path)
+    data = bytearray(path.read_bytes())
+    data[18:20] = b"\2\2"
+    path.write_bytes(data)
+    with pytest.raises(CanvasError, match="first page is damaged"):
+        emilie.open(path, editor)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == data
 
 
 @contextmanager
@@ -386,6 +441,27 @@ def test_saving_adds_what_is_new(editor, canvas, tmp_path, monkeypatch):
     other = emilie.open(canvas.image, editor)
     other.save(path)  # another session: the file is its own now
     assert len(emilie.open(path, editor).states) == 1
+
+
+def test_a_file_that_is_held_stays_and_a_damaged_one_gives_way(editor, canvas, tmp_path, monkeypatch):
+    path = tmp_path / "c.canvas"
+    canvas.save(path)
+    whole = path.read_bytes()
+
+    def held(db):
+        raise sqlite3.OperationalError("database is locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_check_tables", held)
+        with pytest.raises(CanvasError, match="cannot write the canvas: database is locked"):
+            canvas.save(path)
+    assert path.read_bytes() == whole
+    for damaged in (session.MAGIC, whole[:100] + bytes(len(whole) - 100)):
+        path.write_bytes(damaged)
+        canvas.save(path)
+        assert len(emilie.open(path, editor).states) == 1
+    with pytest.raises(CanvasError, match="cannot write the canvas"):
+        session.start(canvas, tmp_path / "none" / "c.canvas")
 
 
 def test_two_processes_on_one_session_keep_both_edits(editor, canvas, tmp_path):

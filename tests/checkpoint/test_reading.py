@@ -144,6 +144,16 @@ def test_a_read_tensor_does_not_hold_the_file(tensors, tmp_path):
     assert torch.equal(out, tensors["whole"])
 
 
+def test_what_is_mapped_is_let_go(tmp_path, monkeypatch):
+    save_file({"x": torch.ones(2)}, tmp_path / "a.safetensors")
+    reader = reading.Reader(tmp_path / "a.safetensors", reading.index(tmp_path / "a.safetensors"))
+    reader.get("x", "cpu", None)
+    assert reader.files
+    monkeypatch.setattr(reading, "HELD", reader.held)
+    reader.get("x", "cpu", None)
+    assert not reader.files
+
+
 def test_a_trainers_file(tmp_path, monkeypatch):
     """Classes of packages that are not installed, as keys, as instances with state; NumPy and config values."""
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
@@ -288,6 +298,17 @@ def test_missing_misshapen_and_unknown_tensors_are_named(small_state, small_conf
     assert "1 unknown (lora_unet.alpha)" in message
     assert message.isprintable()
     assert all(p.is_meta for network in networks.values() for p in network.parameters())  # nothing was half loaded
+
+
+def test_networks_that_no_file_can_fill(small_config, small_ckpt):
+    one, other = (torch.nn.ModuleDict({"bc": torch.nn.Identity()}) for _ in range(2))
+    one.bc.weight = other.weight = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(CheckpointError, match="share a name"):
+        reading.key_map({"unet": torch.nn.ModuleDict({"a": one, "abc": other})}, [EMA + "diffusion_modelx"])
+    networks = meta_networks(small_config)
+    networks["text"].register_buffer("table", torch.ones(1, device="meta"), persistent=False)
+    with pytest.raises(CheckpointError, match="a buffer table that this package does not know"):
+        reading.load(networks, small_ckpt, "cpu", None)
 
 
 def test_a_partial_average_is_not_filled_up_with_raw_weights(small_state, small_config, tmp_path):

@@ -218,7 +218,7 @@ def test_killed_and_resumed_from_nothing(tmp_path, monkeypatch, capsys):
     out, state = tmp_path / "toy.safetensors", tmp_path / "unet.pt"
     options = [str(out), "--runs", str(tmp_path), "--batch", "2", "--save-every", "0.2"]
     command = [sys.executable, "-m", "emilie_min.toy.train", *options, "--device", "cpu", "--minutes", "0.04"]
-    process = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, "--workers", "1"], stdout=subprocess.PIPE, text=True)
     while not state.exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
