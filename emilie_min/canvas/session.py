@@ -90,6 +90,7 @@ RECORD = {  # fields of State, as JSON; those with "?" are written where they ar
     "inserted?": dict,
 }
 ROOT = RECORD | {"parent": NoneType, "settings": dict, "f": NoneType}
+FILLED = {"depth", "strength", "made", "inserted", "own", "scrubbed"}  # which are there or not, but never null
 DEFAULTS = {field.name: field.default for field in fields(State)}
 PLAIN = [name[:-1] for name in RECORD if name.endswith("?") and name != "regions?"]  # as they stand in a State
 
@@ -331,7 +332,10 @@ def _rows(path: Path) -> Iterator:
         sizes = "SELECT length(about) FROM head UNION ALL SELECT length(record) + length(tensors) FROM states"
         if any(size > LARGEST_ROW for (size,) in db.execute(sizes)):
             raise ValueError("a state is larger than any picture that is edited")
-        ((text, digest),) = db.execute("SELECT about, digest FROM head").fetchall()
+        heads = db.execute("SELECT about, digest FROM head").fetchall()
+        if len(heads) != 1:
+            raise ValueError("what it says of itself is missing, or there twice")
+        ((text, digest),) = heads
         if digest != _digest(text):
             raise ValueError("what it says of itself is damaged")
         about = parse(text)
@@ -393,6 +397,10 @@ def _state(i: int, row: Row, photo: tuple[int, int]) -> State:
     record, tensors = row.record, row.tensors
     if found := fault(record, ROOT if i == 0 else RECORD) or strange(record, RECORD):
         raise ValueError(f"state {i}: {found}")
+    if null := [
+        name for where in (record, record["settings"]) for name in FILLED & where.keys() if where[name] is None
+    ]:
+        raise ValueError(f"state {i}: {null[0]} is null")
     texts = record.get("regions") or []
     needed = {"latent", "image"} | ({"z_init", "z_img"} if i == 0 else set())
     masks = set() if i == 0 else {"mask", *(f"mask.{k}" for k in range(len(texts)))}

@@ -278,7 +278,10 @@ def test_nothing_half_written_remains(tmp_path):
     assert f"{tmp_path}/out/bench.jsonl:1: turns[0].mask: the mask has 32x32 px" in message
     assert "line 1 too" in refused(data.write, tmp_path / "out", [items[0], items[0]])
     assert "an id must be of letters" in refused(data.write, tmp_path / "out", [replace(items[0], id="../up")])
-    assert "has no items" in refused(data.write, tmp_path / "out", [])
+    assert "there is no item to put into it" in refused(data.write, tmp_path / "out", [])
+    with pytest.raises(BenchError) as told:
+        data.write(tmp_path / "out", [small, replace(small, id="second")])
+    assert [line.partition(": ")[0] for line in told.value.lines] == [f"{tmp_path}/out/bench.jsonl:{n}" for n in (1, 2)]
     assert "cannot be written" in refused(data.write, tmp_path / "out", [replace(items[0], meta={"by": "\ud800"})])
     with pytest.raises(KeyboardInterrupt):
         data.write(tmp_path / "out", interrupted(tmp_path))
@@ -483,8 +486,8 @@ def test_editbench_faults(tmp_path, editbench):
         return refused(readers.import_, "editbench", editbench, tmp_path / "out", **options)
 
     white = {"polarity": "white-is-edit"}
-    assert "polarity must be white-is-edit or black-is-edit, not None" in told(polarity=None)
-    assert "polarity must be white-is-edit or black-is-edit, not 'auto'" in told(polarity="auto")
+    assert told(polarity=None).endswith("--polarity white-is-edit or black-is-edit")
+    assert "--polarity white-is-edit or black-is-edit, not 'auto'" in told(polarity="auto")
     assert "prompt must be one of mask-simple, mask-rich, full" in told(**white, prompt="rich")
     assert "which must be of natural, generated, not photos" in told(**white, which=("photos",))
     box((32, 32)).save(editbench / "masks_generated/color generated.png")

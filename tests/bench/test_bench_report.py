@@ -374,6 +374,8 @@ def test_a_damaged_run_is_one_line(copy, monkeypatch, capsys):
     assert "seeds is empty" in refused(copy / "run.json", {"seeds": []})
     at = copy / "edits" / slug(IP2P) / "0" / "0002"
     assert "seconds must be a whole number or a number, not '1.5'" in refused(at / "1.json", {"seconds": "1.5"})
+    Image.new("RGB", (32, 48)).save(at / "1.png")
+    assert "0002: its pictures have different sizes: remove this folder" in refused(at / "1.json", {})
     (at / "1.png").write_bytes(b"\x89PNG")
     assert "1.png cannot be read as a picture" in refused(at / "1.json", {})
 

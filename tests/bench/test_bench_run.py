@@ -12,7 +12,7 @@ import pytest
 import torch
 from command import run as command
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 import emilie_min as emilie
 from emilie_min.app import cli
@@ -278,6 +278,33 @@ def test_a_killed_run_goes_on_without_redoing_or_losing_an_edit(bench, mine, tmp
         go(out)
         assert files(out) == files(tmp_path / "whole")
         assert {path: path.stat().st_mtime_ns for path in half} == half
+
+
+@pytest.mark.parametrize("signed", [True, False])  # False: of a run of before, whose records have no digests
+def test_a_damaged_turn_is_told_and_never_gone_on_from(bench, tmp_path, signed):
+    out = tmp_path / "run"
+    run(bench, ["emilie"], out, [0], RANDOM, steps=1)
+    folder = out / "edits/emilie/0/0001"
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    latent = load_file(folder / "1.safetensors")["latent"]
+    flipped = bytearray(whole[folder / "1.safetensors"])
+    flipped[-1] ^= 1
+    Image.new("RGB", (32, 32)).save(tmp_path / "small.png")
+    odd = [{"other": latent}, {"latent": latent[..., :8].clone()}, {"latent": latent.int()}, {"latent": latent / 0}]
+    ways = {"1.png": [(tmp_path / "small.png").read_bytes()], "1.safetensors": [b"", *map(save, odd)]}
+    ways = {"1.safetensors": [bytes(flipped), None]} if signed else ways
+    for name, spoilt in [(name, one) for name, each in ways.items() for one in each]:
+        for path, content in whole.items():
+            path.write_bytes(content)
+        (folder / "2.json").unlink()
+        if not signed:
+            record = json.loads((folder / "1.json").read_text())
+            assert record.pop("files").keys() <= {"1.png", "1.safetensors", "1_mask.png"}
+            (folder / "1.json").write_text(json.dumps(record))
+        (folder / name).unlink() if spoilt is None else (folder / name).write_bytes(spoilt)
+        with pytest.raises(BenchError, match=r"0001: turn 1 is damaged .*remove this folder") as told:
+            run(bench, ["emilie"], out, [0], RANDOM, steps=1)
+        assert "\n" not in str(told.value) and not (folder / "2.json").exists()
 
 
 def test_shards_give_what_one_process_gives(bench, tmp_path):

@@ -146,7 +146,9 @@ def test_settings_that_this_version_does_not_know_are_kept(editor, canvas, tmp_p
     old = emilie.open(path, editor)
     assert [state.regions for state in old.states] == [[], []] and old.state.instruction == NIGHT
     old.save(path)
-    assert emilie.open(path, editor).state.settings == about["states"][1]["settings"]
+    again = emilie.open(path, editor)
+    assert again.state.settings == about["states"][1]["settings"]
+    assert again.change("hide", 1).tobytes() == canvas.states[0].image.tobytes()
     assert old.edit([(DAY, LEFT), (NIGHT, RIGHT)], **FAST) == canvas.edit([(DAY, LEFT), (NIGHT, RIGHT)], **FAST)
 
 
@@ -239,6 +241,8 @@ def spoiled(about: dict, tensors: dict) -> dict[str, Callable]:
         ways[f"root's {key} {value!r}"] = put(states[0], key, value)
     for key, value in (("steps", 2.5), ("gate", "wall"), ("soft", 1), ("text_scale", "7"), ("keep_background", "no")):
         ways[f"setting {key} {value!r}"] = put(last["settings"], key, value)
+    for key in ("own", "scrubbed", "strength", "depth", "made", "inserted"):  # which are left out
+        ways[f"{key} null"] = put(last["settings"] if key in ("own", "scrubbed") else last, key, None)
     ways["a state twice"] = lambda: states.append(states[1])
     ways["a state less"] = lambda: states.pop()
     ways["a region twice"] = lambda: states[1]["regions"].append(states[1]["regions"][1])

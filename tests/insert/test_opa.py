@@ -63,6 +63,7 @@ def test_pairs_become_items_with_their_reasonable_boxes(opa):
             )
         ),
         (("1", "11", "21", "[1, 2, 3, 4]", "1", "2"), "label must be 0 or 1"),
+        (("1", "11", "21", "[64, 2, 3, 4]", "1", "1"), r"11 on 21: the box '?\[64, 2, 3, 4\]'? lies outside of 64x64"),
         (("1", "99", "21", "[1, 2, 3, 4]", "1", "1"), "there is no foreground/"),
     ],
 )
@@ -70,6 +71,12 @@ def test_what_is_not_as_described_is_told_with_its_line(opa, row, why):
     table([row])
     with pytest.raises(BenchError, match=why):
         import_("opa", "opa", "bench")
+
+
+def test_of_a_box_what_lies_in_the_picture_counts(opa):
+    table([("1", "11", "21", f"[32, 40, {10**30}, 2147483647]", "1", "1")])
+    import_("opa", "opa", "bench")
+    assert Image.open(data.read("bench")[0].turns[0].region).getbbox() == (32, 40, 64, 64)
 
 
 def test_of_opa_there_are_two_parts(opa):
@@ -93,6 +100,9 @@ def test_the_command_over_it_gives_the_grid_and_goes_on(opa, capsys):
     (opa / "out/12_21.png").unlink()
     code, out, _ = run(*args, capsys=capsys)
     assert code == 0 and "11_21" not in out and "12_21" in out
+    (opa / "out/12_21.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")
+    code, out, err = run(*args, capsys=capsys)
+    assert code == 2 and "12_21.png cannot be read as a picture: it is a drawing" in err[-1]
     for more, told in ((["--at", "0,0,9,9"], "leave out --at"), (["kite.png"], "leave out INSET")):
         code, _, err = run(*args[:2], *more, *args[2:], capsys=capsys)
         assert code == 2 and told in err[-1]
