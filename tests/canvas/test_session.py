@@ -258,6 +258,7 @@ def spoiled(about: dict, tensors: dict) -> dict[str, Callable]:
     ways["scrubbed from nothing"] = put(last["settings"], "scrubbed", {"step": 1, "of": "none"})
     ways["a field too many"] = put(last, "mood", "calm")
     ways["a tensor too many"] = put(tensors, "2.mask.0", tensors["1.mask"].clone())
+    ways["a latent too many"] = put(tensors, "2.more", tensors["2.latent"].clone())
     ways["a mask of the picture"] = put(tensors, "0.mask", tensors["1.mask"].clone())
     ways["no state has it"] = put(tensors, "7.mask", tensors["1.mask"].clone())
     ways["a small mask"] = put(tensors, "2.mask", tensors["2.mask"][:32].clone())
@@ -400,6 +401,27 @@ def test_a_changed_file_is_refused_and_never_rewritten(editor, edited, tmp_path,
     with pytest.raises(CanvasError, match="larger than any picture" if name == "a large blob" else ""):
         emilie.open(path, editor)
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+
+
+def test_of_what_fits_the_digests_and_the_count_tell(editor, edited, tmp_path):
+    path = tmp_path / "c.canvas"
+    for change, why in (
+        ("UPDATE head SET about = replace(about, '\"at\": 1', '\"at\": 0')", "what it says of itself is damaged"),
+        (
+            "UPDATE states SET record = replace(record, 'make it day', 'make it dim') WHERE number = 2",
+            "state 2 is damaged",
+        ),
+        ("DELETE FROM states WHERE number = 2", "states are missing"),
+    ):
+        path.unlink(missing_ok=True)
+        edited.save(path)
+        canvas = emilie.open(path, editor)
+        canvas.branch(1)
+        canvas.save(path)
+        with changed(path) as db:
+            db.execute(change)
+        with pytest.raises(CanvasError, match=why):
+            emilie.open(path, editor)
 
 
 def test_no_flipped_byte_goes_unnoticed(editor, edited, tmp_path):
