@@ -143,6 +143,15 @@ def test_memory_that_lacks_is_told_and_nothing_else_is_called_so(error, told):
         raise error
 
 
+@pytest.mark.parametrize("descriptor", [1, 2])
+def test_what_a_library_writes_past_python_goes_nowhere(descriptor, capfd):
+    for needed in (True, False):
+        with hushed(needed, descriptor):
+            os.write(descriptor, b"inside ")
+        os.write(descriptor, b"after ")
+    assert capfd.readouterr()[descriptor - 1] == "after inside after "
+
+
 def test_a_descriptor_that_is_closed_is_not_hushed():
     with hushed(descriptor=resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 1):
         pass
