@@ -213,6 +213,7 @@ BAD = {
     "unknown word in the last": (["photo.png", "make it night", "make it winter"], "'winter'"),
     "mask for no edit": (["photo.png", "make it night", "--mask", "2=mask.png"], "no edit 2"),
     "mask without number": (["photo.png", "make it night", "--mask", "mask.png"], "which edit"),
+    "mask for a word": (["photo.png", "make it night", "--mask", "x=mask.png"], "which edit"),
     "mask twice": (["photo.png", "make it night", "--mask", "1=mask.png", "--box", "1=0,0,9,9"], "already"),
     "mask of another size": (["photo.png", "make it night", "--mask", "1=small.png"], "same size"),
     "vanishing mask": (["photo.png", "make it night", "--box", "1=0,0,1,1"], "vanishes"),
