@@ -31,8 +31,8 @@ def test_what_load_cannot_use(args, error, match):
     [("x", "no key starts with"), ("model.diffusion_model.input_blocks.0.0.weight", "no built-in config")],
 )
 def test_a_file_that_no_config_fits(key, why, tmp_path):
-    vae = {"first_stage_model.decoder.conv_in.weight": torch.zeros(1)}
-    save_file({key: torch.zeros(7, 3, 3, 3), **vae}, tmp_path / "a.safetensors")
+    others = {"first_stage_model.decoder.conv_in.weight": torch.zeros(1), "cond_stage_model.x": torch.zeros(1)}
+    save_file({key: torch.zeros(7, 3, 3, 3), **others}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=why):
         emilie.load(tmp_path / "a.safetensors", device="cpu")
 
