@@ -412,7 +412,7 @@ def _state(i: int, row: Row, photo: tuple[int, int]) -> State:
         wrong = picture and tensor.shape != (*tensors["image"].shape[:2], *[3] * (name == "image"))
         if wrong or tensor.dtype != (torch.uint8 if picture else torch.float32):
             raise ValueError(f"state {i}: {name} has another size or type")
-        if not picture and not tensor.isfinite().all():
+        if not tensor.isfinite().all():
             raise ValueError(f"state {i}: {name} has numbers that are not finite")
     pictures = {name: Image.fromarray(t.numpy()) for name, t in tensors.items() if name == "image" or name in masks}
     regions = [(text, pictures.get(f"mask.{k}")) for k, text in enumerate(texts)]

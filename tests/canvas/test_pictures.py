@@ -280,6 +280,7 @@ def test_what_is_assumed_is_told(values, words, white):
     [
         np.where(GREY > 100, np.nan, 0.5).astype("<f4"),
         np.where(GREY > 100, np.inf, 0.5).astype("<f4"),
+        np.where(GREY > 100, -np.inf, 0.5).astype("<f4"),
         GREY.astype("<f4") * 400,
         GREY.astype("<f4") - 128,
         GREY.astype("<i4") * 3000,

@@ -368,6 +368,7 @@ CHANGES = {
     "a state between": "DELETE FROM states WHERE number = 1",
     "no head": "DELETE FROM head",
     "two heads": "INSERT INTO head SELECT * FROM head",
+    "others' numbers": "UPDATE states SET number = number + 10",
     "exchanged": "UPDATE states SET number = 9 - number",
     "another's record": "UPDATE states SET record = (SELECT record FROM states WHERE number = 1)",
     "another's tensors": "UPDATE states SET tensors = (SELECT tensors FROM states WHERE number = 0)",
@@ -382,6 +383,9 @@ CHANGES = {
     "a blob for an id": "UPDATE states SET id = x'00' WHERE number = 2",
     "a view": "CREATE VIEW v AS WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT x FROM c",
     "a trigger": "CREATE TRIGGER t AFTER INSERT ON states BEGIN DELETE FROM states; END",
+    "a trigger called as a table": f"""CREATE TABLE t AS SELECT * FROM head; DROP TABLE head;
+        CREATE TRIGGER head AFTER INSERT ON states BEGIN DELETE FROM states; END;
+        {session.TABLES["head"]}; INSERT INTO head SELECT * FROM t; DROP TABLE t""",
     "another table": "CREATE TABLE t (x)",
     "another column": "ALTER TABLE states ADD COLUMN x",
 }
@@ -394,11 +398,11 @@ def test_a_changed_file_is_refused_and_never_rewritten(editor, edited, tmp_path,
     edited.save(path)
     with changed(path) as db:
         db.execute("PRAGMA user_version = 2")
-        db.execute(CHANGES[name])
+        db.executescript(CHANGES[name])
         if meant and name not in ("no head", "two heads"):
             resigned(db)
     whole = path.read_bytes()
-    with pytest.raises(CanvasError, match="larger than any picture" if name == "a large blob" else ""):
+    with pytest.raises(CanvasError, match="larger than any picture" if name == "a large blob" else None):
         emilie.open(path, editor)
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 
