@@ -2,6 +2,7 @@
 
 import errno
 import os
+import reprlib
 import stat
 import sys
 import threading
@@ -10,10 +11,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 HUSHED = threading.Lock()
+LINE = 2000  # characters of a message
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 60
 
 
 class EmilieError(ValueError):
-    """Base of all errors that bad input can cause."""
+    """Base of all errors that bad input can cause. Its message is a line that a terminal can show."""
+
+    def __init__(self, text: object = "") -> None:
+        super().__init__(printable(text, LINE))
 
 
 class ConfigError(EmilieError):
@@ -55,15 +62,28 @@ class BenchError(EmilieError):
     """
 
     def __init__(self, text: str, lines: Sequence[str] = ()) -> None:
-        super().__init__(text)
+        ValueError.__init__(self, "\n".join(printable(line, LINE) for line in text.split("\n")))
         self.lines = lines or [text]
 
 
 def printable(text: object, limit: int = 500) -> str:
     """A line of at most `limit` characters that a terminal can show, of whatever a file or its name may hold."""
-    text = str(text)
+    try:
+        text = str(text)
+    except Exception:  # an int of more digits than Python writes, or whatever a foreign type does
+        text = f"<{type(text).__name__}>"
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def quote(value: object) -> str:
+    """Any value, as of a file or an argument, as it may stand in a message: at most 80 printable characters."""
+    try:
+        text = _short.repr(value)
+        text = " ".join(text.split()) if "\n" in text else text  # an array's
+    except Exception:
+        text = f"<{type(value).__name__}>"
+    return printable(text, 80)
 
 
 def plain_file(path: str | os.PathLike[str], most: float = float("inf")) -> None:

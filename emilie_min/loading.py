@@ -10,7 +10,7 @@ from .checkpoint import reading
 from .checkpoint.networks import build
 from .config import BUILT_IN, TOKENIZER_FILES, load_config
 from .emilie import Editor
-from .errors import CheckpointError, EmilieError, TokenizerError, explain_oom, first_line, printable
+from .errors import CheckpointError, EmilieError, TokenizerError, explain_oom, first_line, printable, quote
 from .faster.half import HalfAutoencoderKL
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -40,13 +40,19 @@ def load(
     low_memory: slower, see `faster.low_memory`. plain: none of these, every step as `emilie.py` and `unet.py` read.
     Raises CheckpointError, ConfigError.
     """
+    for name, path in (("weights", weights), ("config", config), ("tokenizer", tokenizer)):
+        if path is not None and not isinstance(path, (str, os.PathLike)):
+            raise EmilieError(f"{name} must be a path, not {quote(path)}")
+    for name, flag in (("compile", compile), ("low_memory", low_memory), ("plain", plain)):
+        if not isinstance(flag, bool) and not (name == "compile" and flag is None):
+            raise EmilieError(f"{name} must be True or False, not {quote(flag)}")
     if tokenizer and not all(os.path.isfile(Path(tokenizer) / name) for name in TOKENIZER_FILES):
         raise TokenizerError(f"{printable(tokenizer)} does not hold {' and '.join(TOKENIZER_FILES)}")
     device = pick_device(device)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-    elif isinstance(dtype, str):
-        if dtype not in DTYPES:
+    elif not isinstance(dtype, torch.dtype) or dtype not in (*DTYPES.values(), torch.float64):
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise EmilieError(f"dtype must be float32, float16 or bfloat16, not {printable(dtype, 80)}")
         dtype = DTYPES[dtype]
     if compile and low_memory:

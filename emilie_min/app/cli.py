@@ -62,6 +62,8 @@ def run_line(argv: list[str]) -> int:
         return 0
     if wrong := language.not_a_command(argv[0]):
         top.error(wrong)
+    if argv.count("--") > 1:  # for which argparse gives a list in the place of a text
+        top.error("-- is there twice: it stands once, before words that begin with a dash")
     args, rest = top.parse_known_args(argv)
     if args.command == "edit" and not any(word.startswith("-") for word in rest):
         args.instructions, rest = args.instructions + rest, []  # argparse stops at the first option in between
