@@ -76,6 +76,27 @@ def test_a_full_disk(name, how, folder):
     assert judge(case, folder)[0] == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("name", ["an edit", "convert"])
+def test_a_signal_in_the_middle_of_a_file(name, number, folder):
+    """In a word, and nothing half written is left; also where a library makes another error of it."""
+    (folder / "out.safetensors").write_bytes(b"mine")
+    before = files(folder)
+
+    def ends(*_):
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt as stop:
+            raise ImportError("no") from stop
+
+    result = run(Case(LINES[name], before=lambda: setattr(os, "fsync", ends)), folder)
+    assert (result.code, result.err.splitlines()[-1:]) == (
+        128 + number,
+        ["emilie: interrupted; what was written before is complete"],
+    )
+    assert files(folder) == before
+
+
 def test_too_many_open_files_and_no_memory(folder):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     for limits in ({resource.RLIMIT_NOFILE: 4}, {resource.RLIMIT_AS: used + 3_000_000}):
