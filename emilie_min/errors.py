@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import reprlib
 import stat
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 HUSHED = threading.Lock()
+NO_MEMORY = re.compile("an't allocate memory|annot allocate memory|bad_alloc|failed to map segment|create a primitive")
 LINE = 2000  # characters of a message
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
@@ -140,15 +142,37 @@ def first_line(error: Exception, last: bool = False) -> str:
 
 @contextmanager
 def explain_oom(where_and_what: str) -> Iterator[None]:
-    """Say what to lower where memory does not suffice, on a GPU or on the CPU. Raises EmilieError."""
+    """Say what to lower where memory does not suffice, on a GPU or on the CPU. Raises EmilieError.
+
+    Nothing is imported here, for which there may be no memory either.
+    """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        import torch
-
-        cuda = isinstance(error, torch.cuda.OutOfMemoryError)
-        if not (cuda or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+    except EmilieError:
+        raise
+    except Exception as error:
+        if not (cuda := _of_cuda(error)) and not any(map(_of_memory, _chain(error))):
             raise
         raise EmilieError(
             f"out of {'CUDA ' if cuda else ''}memory {where_and_what}, use --dtype float16, or close what else uses it"
         ) from error
+
+
+def _of_cuda(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)
+
+
+def _of_memory(error: BaseException) -> bool:
+    """Also as the system, its linker and PyTorch's libraries say it."""
+    known = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return known or isinstance(error, MemoryError) or NO_MEMORY.search(str(error)) is not None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those that led to it, of which a library may have made it."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        yield error
+        error = error.__cause__ or error.__context__

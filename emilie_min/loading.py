@@ -1,6 +1,7 @@
 """From a weight file to an `Editor`: which config, which device, and networks built without initialising them."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,12 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        picked = torch.device(device)
-        torch.zeros(1, device=picked).item()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picked = torch.device(device)
+            torch.zeros(1, device=picked).item()
     except Exception as error:  # each kind of device has its own way to be absent
         reason = printable(first_line(error).partition(". ")[0], 120)
+        reason = "this PyTorch is without it" if "aten::" in reason or "ASSERT" in reason else reason
         raise EmilieError(f"device {printable(device, 80)} cannot be used here: {reason}") from error
     return picked

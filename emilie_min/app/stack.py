@@ -87,7 +87,8 @@ def revision(args: argparse.Namespace, name: str | None, rest: list[str]) -> dic
     given |= {"mask": masks[0] if masks else None} if masks or args.everywhere else {}
     if name not in ("revise", "scrub"):
         if given:
-            raise CanvasError(f"{', '.join('--' + key.replace('_', '-') for key in given)}: for `revise` and `scrub`")
+            options = ", ".join("--" + key.replace("_", "-") for key in given)
+            raise CanvasError(f"{options} is for `revise` and `scrub` alone: leave it out")
         return {}
     at = len(numbers(name, rest))
     given |= {"instruction": rest[at]} if len(rest) > at else {}
