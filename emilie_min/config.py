@@ -137,7 +137,7 @@ def load_config(name: str | Path) -> Config:
     config: Any = OmegaConf.structured(Config)
     key = ""
     try:
-        _require(len(text) <= LONGEST and len(re.findall(r"[\[{]", text)) <= 1000 and not NESTED.search(text), HUGE)
+        _require(len(re.findall(r"[\[{]", text)) <= 1000 and not NESTED.search(text), HUGE)
         _require(not any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)), f"aliases (*name) {PLAIN}")
         given: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
         _require("${" not in str(given), f"interpolations (${{name}}) {PLAIN}")

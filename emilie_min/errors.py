@@ -104,11 +104,11 @@ def plain_file(path: str | os.PathLike[str], most: float = float("inf")) -> None
 
 
 def note(text: str) -> None:
-    """Tell what was assumed, as a warning of whoever called the package; the command prints it, once."""
+    """Tell what was assumed, in a printable line, as a warning of whoever called the package; the command prints it."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level)
+    warnings.warn(printable(text, 1000), stacklevel=level)
 
 
 @contextmanager

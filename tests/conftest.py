@@ -32,6 +32,7 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="give --slow to run it"))
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")  # the longest first: no core waits in the end
 
 
 @pytest.fixture(scope="session")

@@ -23,11 +23,9 @@ def run(args: argparse.Namespace) -> int:
     from ..canvas.together import can
 
     changes = settings(args)
-    texts = [args.input, *args.instructions] if args.input is not None else args.instructions
-    if not texts or not all(text.strip() for text in texts):
-        raise InstructionError(
-            'no instruction: say what to change, as in `emilie edit --batch photos "make it winter"`'
-        )
+    texts = [args.input, *args.instructions]  # all words: the pictures are --batch's
+    if not all(text.strip() for text in texts):
+        raise InstructionError("an instruction is empty: say what to change")
     language.check(texts)
     if (
         args.canvas

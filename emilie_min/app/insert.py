@@ -139,7 +139,7 @@ def over_benchmark(args: argparse.Namespace, changes: dict) -> None:
             images.save(strip([*columns, (canvas.image, f"EMILIE: {canvas.state.instruction}", None)]), place)
             say(f"wrote {place}")
         if len(rows) < GRID:
-            rows.append(Image.open(place))
+            rows.append(images.read_image(place))
     if not rows:
         raise BenchError(f"of {args.base} no item could be done")
     grid = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")

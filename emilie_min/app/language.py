@@ -18,16 +18,21 @@ emilie --help lists all commands, emilie edit --help all that an edit can be tol
 
 
 def looks_like_a_file(text: str) -> bool:
+    return os.sep in text or ends_like_a_picture(text)
+
+
+def ends_like_a_picture(text: str) -> bool:
+    suffix = Path(text).suffix.lower()
+    if not suffix:  # as of most words: Pillow's plugins take a while
+        return False
     from PIL import Image
 
-    return os.sep in text or Path(text).suffix.lower() in Image.registered_extensions()
+    return suffix in Image.registered_extensions()
 
 
 def is_a_picture(text: str) -> bool:
     """Whether a word is a file, or has the name of a picture and no other words."""
-    from PIL import Image
-
-    return os.path.isfile(text) or (" " not in text and Path(text).suffix.lower() in Image.registered_extensions())
+    return os.path.isfile(text) or (" " not in text and ends_like_a_picture(text))
 
 
 def not_a_command(word: str) -> str | None:

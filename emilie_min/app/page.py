@@ -7,7 +7,9 @@ only the connection broke. `page.visitors` finds it by its key while it lives, f
 import math
 import random
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from html import escape
 from inspect import Parameter, Signature
 from types import SimpleNamespace
@@ -16,15 +18,17 @@ from weakref import WeakValueDictionary
 import gradio as gr
 
 from ..canvas.canvas import check_can_edit
-from ..canvas.settings import GATES
+from ..canvas.settings import GATES, as_int
 from ..emilie import Editor
-from ..errors import EmilieError
+from ..errors import CanvasError, EmilieError
 from .inserting import PROPOSALS, Networks
 from .layers import change, stack_html
 from .options import small_world
 from .visitor import Told, Visitor, data_url, inset_html, picture_html, tree_html
 
-PAGES, WAITING = 256, 20  # visitors that are kept, the latest ones; events that may wait
+PAGES, WAITING = 256, 20  # visitors that are kept; events that may wait
+UNHEARD = 64  # messages that a page may leave unheard, which hold pictures
+FAILED = "this failed here, and the picture is as it was: try something else"
 SENT = ("text_scale", "image_scale", "steps", "seed", "gate", "negative")  # of an edit's settings
 TOOLS = """<div class="tools">
   <button data-tool="brush" title="Paint where to edit">Brush</button>
@@ -47,11 +51,43 @@ def build(editor: Editor, networks: Networks | None = None) -> gr.Blocks:
     check_can_edit(editor)
     networks = networks or Networks(editor)
     with gr.Blocks(title="EMILIE studio", analytics_enabled=False) as page:
-        page.visitors, page.state_session_capacity = WeakValueDictionary(), PAGES
+        page.visitors = WeakValueDictionary()
         on = layout(editor)
         connect(page, editor, networks, on)
         endpoints(page, editor, networks, on)
     return page.queue(max_size=WAITING, api_open=False)
+
+
+class Pages:
+    """The pages that gradio keeps, by their sessions' names. One that is open never goes to make room for another."""
+
+    def __init__(self, page: gr.Blocks):
+        self.page, self.listening = page, Counter()
+
+    @contextmanager
+    def opened(self, session: str) -> Iterator[None]:
+        """While a page listens to what it is told."""
+        self.listening[session] += 1
+        try:
+            yield
+        finally:
+            self.listening[session] -= 1
+            self.listening += Counter()  # without those of 0
+
+    def admit(self, session: str) -> str:
+        """Make room for a page's event. -> why there is none, or ""."""
+        queue, kept = self.page._queue, self.page.state_holder.session_data
+        unheard = queue.pending_messages_per_session.get(session)
+        if unheard is not None and unheard.qsize() > UNHEARD:
+            return "this page does not listen to what it is told"
+        if session in kept or len(kept) < PAGES:
+            return ""
+        old = next((old for old in kept if old not in self.listening), None)
+        if old is None:
+            return "too many pages are open here: come back later"
+        for one in (kept, queue.pending_messages_per_session, queue.pending_event_ids_session):
+            one.pop(old, None)
+        return ""
 
 
 def layout(editor: Editor) -> SimpleNamespace:
@@ -148,7 +184,7 @@ def connect(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNames
                 yield told(visitor, str(error), refused=True)
             except Exception:  # of one visitor's edit; the page and the others go on
                 traceback.print_exc()
-                yield told(visitor, "this failed here, and the picture is as it was: try something else", refused=True)
+                yield told(visitor, FAILED, refused=True)
             finally:
                 visitor.busy.release()
 
@@ -201,19 +237,28 @@ def connect(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNames
 
     def inserted(visitor: Visitor | None, event: gr.EventData, *inputs) -> Iterator[list]:
         def insert(visitor: Visitor, caption: str | None, redrawn: float, keep: bool, *settings) -> Iterator:
-            place, more = int(event._data["state"]), dict(zip(SENT, settings))
-            return visitor.insert(place, caption or "", redrawn, keep_background=keep, **more)
+            more = dict(zip(SENT, settings))
+            return visitor.insert(clicked(event), caption or "", redrawn, keep_background=keep, **more)
 
         yield from unless_stopped(insert, visitor, event, *inputs)
 
     def went(visitor: Visitor | None, event: gr.EventData) -> Iterator[list]:
-        yield from doing(lambda visitor: visitor.branch(int(event._data["state"])))(visitor)
+        yield from doing(lambda visitor: visitor.branch(clicked(event)))(visitor)
 
     def restacked(visitor: Visitor | None, event: gr.EventData) -> Iterator[list]:
         yield from doing(lambda visitor: change(visitor, event._data))(visitor)
 
+    def clicked(event: gr.EventData) -> int:
+        if "state" not in event._data:
+            raise CanvasError("a click says where")
+        return int(event._data["state"])
+
+    def example(visitor: Visitor | None, number: int) -> str:
+        texts = visitor.suggestions() if visitor else []
+        return texts[number] if 0 <= number < len(texts) else gr.skip()
+
     new_scene = doing(lambda visitor: visitor.new_scene(random.randrange(10**6)))
-    common = dict(inputs=on.visitor, outputs=shown, api_visibility="private")
+    common = dict(inputs=on.visitor, outputs=shown, api_visibility="private", preprocess=False)  # `Settings` checks
     quick = common | dict(concurrency_limit=None, show_progress="hidden")
     slow = common | dict(concurrency_id="networks", concurrency_limit=1, show_progress_on=on.picture)
     page.load(new_scene if small_world(editor) else doing(lambda visitor: ""), **slow)
@@ -227,7 +272,7 @@ def connect(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNames
     on.tree.select(went, **quick)
     on.stack.select(restacked, **slow)
     on.stop.click(None, js="() => studio.stop()")
-    on.examples.click(lambda sample: sample[0], **quick | dict(inputs=on.examples, outputs=on.text))
+    on.examples.click(example, **quick | dict(inputs=[on.visitor, on.examples], outputs=on.text))
     on.scales.click(doing(try_scales), **asked)
     on.where.click(doing(lambda visitor, text: visitor.where(text or "")), **slow | dict(inputs=[on.visitor, on.text]))
     on.region.click(doing(region), **quick | dict(inputs=inputs, js="(...inputs) => studio.inputs(...inputs)"))
@@ -265,6 +310,9 @@ def endpoints(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNam
                 return visitor, note, shown(visitor)
             except EmilieError as error:
                 raise gr.Error(str(error), print_exception=False) from error
+            except Exception as error:
+                traceback.print_exc()
+                raise gr.Error(FAILED, print_exception=False) from error
             finally:
                 visitor.busy.release()
 
@@ -274,8 +322,9 @@ def endpoints(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNam
         ]  # by which names a script gives them
         handler.__signature__ = Signature([Parameter("visitor", kind), *given])
         more = dict(api_name=name, api_description=about, concurrency_id="networks", concurrency_limit=1)
+        more |= dict(preprocess=False, api_visibility="public")
         outputs = [on.visitor, status, picture]
-        gr.Button(visible=False).click(handler, [on.visitor, *inputs], outputs, api_visibility="public", **more)
+        gr.Button(visible=False).click(handler, [on.visitor, *inputs], outputs, **more)
 
     defaults = editor.config.sampling
     settings = [
@@ -293,7 +342,8 @@ def endpoints(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNam
         return visitor.edit(instruction or "", mask or "", crop, keep_background=keep, **dict(zip(SENT, given)))
 
     def insert(visitor: Visitor, take: int, caption: str | None, redrawn: float, keep: bool, *given) -> Iterator[Told]:
-        return visitor.insert(int(take) - 1, caption or "", redrawn, keep_background=keep, **dict(zip(SENT, given)))
+        more = dict(zip(SENT, given))
+        return visitor.insert(as_int(take, "take") - 1, caption or "", redrawn, keep_background=keep, **more)
 
     number = gr.Number(0, visible=False, label="state", precision=0)
     what = "Begin with a picture; without one, with the file that was posted, which may be a saved canvas."
@@ -313,4 +363,5 @@ def endpoints(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNam
     endpoint("insert", insert, given, "Draw the inset in one of the places that were proposed, by its number from 1.")
     endpoint("undo", Visitor.undo, [], "Back to the picture before the last edit.")
     endpoint("redo", Visitor.redo, [], "Take back the last undo.")
-    endpoint("go", lambda visitor, state: visitor.branch(int(state)), [number], "Go to a state by its number.")
+    what = "Go to a state by its number."
+    endpoint("go", lambda visitor, state: visitor.branch(as_int(state, "state")), [number], what)

@@ -34,12 +34,13 @@ def serve(editor: Editor, local: bool = True, password: str = "", link: str = ""
     """
     folder = tempfile.TemporaryDirectory(prefix="emilie-studio-")  # gradio's, empty; goes with the page
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder.name}
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(2**62)  # at each event it would count all of them anew
     import fastapi
     import gradio as gr
     import uvicorn
 
     from . import door
-    from .page import build
+    from .page import Pages, build
 
     here, parts, page = Path(__file__), ("studio", "layers"), build(editor, networks)
     page.folder = folder
@@ -51,14 +52,16 @@ def serve(editor: Editor, local: bool = True, password: str = "", link: str = ""
         footer_links=[],
         run_history=False,
         ssr_mode=False,
+        show_error=False,
         theme=looks.set(block_info_text_color="*neutral_600", slider_color="*primary_500"),
         head="".join(f"<script>{here.with_name(f'{name}.js').read_text('utf-8')}</script>" for name in parts)
         + f"<style>{NARROW}</style>",
         css="\n".join(here.with_name(f"{name}.css").read_text("utf-8") for name in parts),
     )
     inputs = {number: [block.get_block_name() for block in fn.inputs] for number, fn in page.fns.items()}
-    app = door.Door(app, inputs, local, door.Auth(password, link))
-    return page, uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=1))
+    app = door.Door(app, inputs, Pages(page), local, door.Auth(password, link))
+    quiet = dict(log_level="critical", ws="none", server_header=False, proxy_headers=False)
+    return page, uvicorn.Server(uvicorn.Config(app, http=door.Connection, timeout_graceful_shutdown=1, **quiet))
 
 
 def listen(host: str = "127.0.0.1", port: int = 7860, password: str | None = None) -> socket.socket:

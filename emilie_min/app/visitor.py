@@ -1,5 +1,6 @@
 """One visitor of the studio: the canvas, what can be done to it, and how it is shown. Nothing here knows of gradio."""
 
+import asyncio
 import base64
 import io
 import itertools
@@ -61,6 +62,7 @@ class Visitor:
         self.filled: dict | None = None  # what to put on the page: an edit's text and settings
         self.uploaded: tuple[str, tempfile.TemporaryDirectory | None] = ("", None)  # a file's name, and its folder
         self.busy, self.stopped, self.stopped_at = threading.Lock(), False, 0.0
+        self.saving = asyncio.Lock()  # while a file is made and sent
         self.seen = ""  # what an edit looks like so far, as a data URL
 
     @property

@@ -250,12 +250,16 @@ def write(folder: str | Path, items: Iterable[Item]) -> str:
             raise BenchError(f"there is no folder {folder.parent}: make it or name another")
         unfinished.mkdir()
         with open(unfinished / FILE, "w", encoding="utf-8", newline="\n") as f:
-            for item in items:
+            count = 0
+            for count, item in enumerate(items, 1):  # noqa: B007
                 f.write(json.dumps(_record(item, unfinished), ensure_ascii=False) + "\n")
+        if not count:
+            raise BenchError(f"{folder} is not written: there is no item to put into it")
         try:
             summary = check(unfinished)
         except BenchError as error:
-            raise BenchError(str(error).replace(str(unfinished), str(folder))) from error
+            lines = [line.replace(str(unfinished), str(folder)) for line in error.lines]
+            raise BenchError("\n".join(lines), lines) from error
         if folder.exists():
             folder.rmdir()
         unfinished.rename(folder)

@@ -57,7 +57,8 @@ def read_editbench(
     the prompt says, so a method that does nothing can score well. Raises BenchError.
     """
     if polarity not in POLARITIES:
-        raise BenchError(f"polarity must be {' or '.join(POLARITIES)}, not {polarity!r}: look at one of the masks")
+        given = f", not {quote(polarity)}" if polarity else ""
+        raise BenchError(f"look at one of the masks, and give --polarity {' or '.join(POLARITIES)}{given}")
     if prompt not in PROMPTS:
         raise BenchError(f"prompt must be one of {', '.join(PROMPTS)}, not {prompt!r}")
     if not which or not set(which) <= set(PARTS):
@@ -220,7 +221,9 @@ def read_opa(source: str | Path, split: str = "test") -> Iterator[Item]:
             mask = file_in(source, f"foreground/{inset.parent.name}/mask_{fg}.jpg")
             region = Image.new("L", open_picture(picture).size)
             for x, y, w, h in boxes:
-                region.paste(255, (x, y, x + w, y + h))
+                if x >= region.width or y >= region.height:
+                    raise ValueError(f"the box {quote([x, y, w, h])} lies outside of {_px(region.size)}")
+                region.paste(255, (x, y, min(x + w, region.width), min(y + h, region.height)))
         category = inset.parent.name.replace("_", " ")
         text = f"add {'an' if category[0].lower() in 'aeiou' else 'a'} {category}"
         meta = {"from": "OPA", "kind": "insert", "reasonable": boxes}

@@ -179,6 +179,8 @@ def _measured(run: Run, row: Row, names: dict, scorers: Callable[[], metrics.Sco
 
     pictures = [path and open_picture(path).convert("RGB") for path in (before, after, first)]
     size, target = pictures[-1].size, turns[-1].target
+    if any(picture and picture.size != size for picture in pictures):
+        raise BenchError(f"{folder}: its pictures have different sizes: remove this folder, and run it anew")
     turns = [replace(t, mask=None, target=None, region=working_mask(item, t.region or t.mask, size)) for t in turns]
     turns[-1] = replace(turns[-1], target=target and images.fit(images.read_image(target), size))
     values = metrics.measure_turn(metrics.Edit(*pictures, turns, item.caption, item.truth), scorers())

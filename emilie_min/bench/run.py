@@ -5,7 +5,8 @@
                               /1.png, ...     the picture after each turn
                               /1.safetensors  its latent, where the method has one
                               /1_mask.png     the mask that the edit used, if any
-                              /1.json         seconds, notes, error; written last: with it the turn is finished
+                              /1.json         seconds, notes, error, and the SHA-256 of the turn's files; written
+                                              last: with it the turn is finished
 
 A chain (one method, seed and item) depends on nothing but its inputs, so how chains are split over processes changes
 no picture. Its noise follows from the seed and the item (`noise_seed`) and is the same for all methods: items are
@@ -43,7 +44,7 @@ INFO = {  # run.json
     "device": str,
     "dtype": str,
 }
-TURN = {"seconds": int | float, "notes": dict, "error": str | None}  # 1.json, ...
+TURN = {"seconds": int | float, "notes": dict, "error": str | None, "files?": {...: str}}  # 1.json, ...
 
 
 def slug(spec: str) -> str:
@@ -80,6 +81,7 @@ class TurnResult:
     seconds: float
     error: str | None
     notes: dict
+    files: dict[str, str]  # their SHA-256; of earlier versions' runs not known
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ class Run:
         record = read_json(folder / f"{turn}.json", TURN, "the record of an edit")
         mask, error = folder / f"{turn}_mask.png", record["error"] and printable(record["error"])
         image = None if error else folder / f"{turn}.png"
-        return TurnResult(image, mask if mask.is_file() else None, record["seconds"], error, record["notes"])
+        files = record.get("files") or {}
+        return TurnResult(image, mask if mask.is_file() else None, record["seconds"], error, record["notes"], files)
 
 
 def read_run(path: str | Path, methods: list[str] | None = None) -> Run:
@@ -268,7 +271,7 @@ def _chain(run: Run, spec: str, method, seed: int, item: data.Item, bar) -> int:
         requests.append(Request(turn.instruction, mask, turn.caption, before))
         before = turn.caption
     if finished:
-        chain = _resume(chain, folder, finished, tuple(requests[:finished]), results[finished - 1].notes)
+        chain = _resume(method, chain, folder, tuple(requests[:finished]), results[finished - 1])
     else:
         _save_image(chain.image, folder / "0.png")
     for i, request in enumerate(requests[finished:], finished + 1):
@@ -286,8 +289,9 @@ def _chain(run: Run, spec: str, method, seed: int, item: data.Item, bar) -> int:
                 write_tensors({"latent": chain.latent}, folder / f"{i}.safetensors", {})
             if chain.mask is not None:
                 _save_image(chain.mask, folder / f"{i}_mask.png")
-        notes = {} if error else chain.notes
+        notes, written = ({}, []) if error else (chain.notes, _files(folder, i))
         record = {"instruction": request.instruction, "seconds": seconds, "notes": notes, "error": error}
+        record |= {"files": {path.name: _sha256(path) for path in written}} if written else {}
         write_bytes(json.dumps(record).encode(), folder / f"{i}.json")
         if error:
             return i - 1
@@ -295,19 +299,47 @@ def _chain(run: Run, spec: str, method, seed: int, item: data.Item, bar) -> int:
     return len(requests)
 
 
-def _resume(chain, folder: Path, turn: int, requests: tuple, notes: dict):
-    """The chain as it stood after a turn that is on disk."""
+def _files(folder: Path, turn: int) -> list[Path]:
+    """What there is of a turn, but for its record."""
+    paths = [folder / f"{turn}{ending}" for ending in (".png", ".safetensors", "_mask.png")]
+    return [path for path in paths if path.is_file()]
+
+
+def _resume(method, chain, folder: Path, requests: tuple, last: TurnResult):
+    """The chain as it stood after the last turn that is on disk. Raises BenchError where that is damaged."""
+    turn = len(requests)
+    found = {path.name: path for path in _files(folder, turn)}
+    try:
+        changed = [name for name in last.files if name not in found or _sha256(found[name]) != last.files[name]]
+        if changed:
+            raise ValueError(f"{quote(changed[0])} is not what was written")
+        image = open_picture(folder / f"{turn}.png").convert("RGB")
+        if image.size != chain.image.size:
+            raise ValueError(f"its picture has {image.width}x{image.height} px")
+        latent, mask = found.get(f"{turn}.safetensors"), found.get(f"{turn}_mask.png")
+        return replace(
+            chain,
+            image=image,
+            latent=None if latent is None else _read_latent(latent, method.editor, image.size),
+            requests=requests,
+            notes=last.notes,
+            mask=None if mask is None else open_picture(mask).convert("L"),
+        )
+    except Exception as error:  # whatever a damaged file leads to
+        wrong = f"{folder}: turn {turn} is damaged ({printable(first_line(error), 200)})"
+        raise BenchError(f"{wrong}: remove this folder, and the chain is made anew") from error
+
+
+def _read_latent(path: Path, editor, size: tuple[int, int]):
+    """A latent of a picture of (width, height). Raises ValueError and what safetensors does."""
     from safetensors.torch import load_file
 
-    latent, mask = folder / f"{turn}.safetensors", folder / f"{turn}_mask.png"
-    return replace(
-        chain,
-        image=open_picture(folder / f"{turn}.png").convert("RGB"),
-        latent=load_file(latent)["latent"] if latent.is_file() else None,
-        requests=requests,
-        notes=notes,
-        mask=open_picture(mask).convert("L") if mask.is_file() else None,
-    )
+    latent, (width, height) = load_file(path)["latent"], (side // editor.vae.factor for side in size)
+    if tuple(latent.shape) != (1, editor.config.diffusion.channels, height, width) or not latent.is_floating_point():
+        raise ValueError("its latent has another size or type")
+    if not latent.isfinite().all():
+        raise ValueError("its latent is not finite")
+    return latent
 
 
 def _save_image(image: Image.Image, path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..checkpoint.writing import write_bytes
 from ..errors import BenchError
 from . import data
+from .io import open_picture
 from .run import SHIPPED, Models, run
 
 SEED = 97  # of `data.make`: no table or figure is of it
@@ -30,8 +31,6 @@ def tune(
 
     Of several with as many it is the one whose right pictures are nearest the truth, in dB. Raises BenchError.
     """
-    from PIL import Image
-
     from ..methods import parse
     from ..toy import judge, world
 
@@ -58,7 +57,7 @@ def tune(
             for item in done.items:
                 result, truth = done.outcome(spec, 0, item.id, 1), item.turns[0].truth
                 if result.image is not None:
-                    picture = Image.open(result.image).convert("RGB")
+                    picture = open_picture(result.image).convert("RGB")
                     if judge.judge(picture, truth).correct:
                         right += 1
                         quality.append(judge.psnr(picture, world.render(truth)))

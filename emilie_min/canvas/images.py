@@ -5,20 +5,22 @@ import operator
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from ..checkpoint.writing import atomic_write
-from ..emilie import Editor
 from ..errors import ImageError, MaskError, SamplingError, note, quote
 from . import masks
 from .pictures import SIDEWAYS, SMALLEST, TURNS, Picture, Source, open_picture, read_stored, srgb_profile, tell
 from .settings import whole
+
+if TYPE_CHECKING:  # PyTorch takes seconds to import, and a benchmark's pictures are checked without it
+    from torch import Tensor
+
+    from ..emilie import Editor
 
 LARGEST = 4096**2  # px: the area of a working picture
 
@@ -111,7 +113,7 @@ def read_part(part: Box, size: tuple[int, int]) -> Box:
         x0, y0, x1, y1 = (operator.index(v) for v in part)
     except Exception:  # each type has its own way not to be four numbers
         raise ImageError(f"a part is four whole numbers x0, y0, x1, y1, not {quote(part)}") from None
-    if not (0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]) or min(x1 - x0, y1 - y0) < SMALLEST:
+    if min(x0, y0) < 0 or x1 > size[0] or y1 > size[1] or min(x1 - x0, y1 - y0) < SMALLEST:
         raise ImageError(
             f"part {','.join(map(quote, (x0, y0, x1, y1)))} is no box of the picture of {size[0]}x{size[1]}, "
             f"{SMALLEST} px a side"
@@ -185,18 +187,20 @@ def blend_mask(mask: Image.Image, given: Image.Image | None, box: Box, feather: 
     return ImageChops.darker(alpha.resize(size, Image.Resampling.BILINEAR), limit)
 
 
-def to_tensor(image: Image.Image) -> Tensor:
+def to_tensor(image: Image.Image) -> "Tensor":
     """PIL RGB -> (1, 3, H, W) float32 in [-1, 1]."""
+    import torch
+
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
-def to_image(x: Tensor, truncate: bool = False) -> Image.Image:
+def to_image(x: "Tensor", truncate: bool = False) -> Image.Image:
     """(1, 3, H, W), clamped to [-1, 1], -> PIL RGB; rounded, or truncated as the original does (half a level dark)."""
     levels = ((x[0].float().clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).cpu()
     return Image.fromarray((levels if truncate else levels.round()).byte().numpy())
 
 
-def to_latent(editor: Editor, image: Image.Image) -> Tensor:
+def to_latent(editor: "Editor", image: Image.Image) -> "Tensor":
     """A working picture's image latent, unscaled: (1, 4, h, w) float32. Raises SamplingError if it is not finite."""
     z_img = editor.encode(to_tensor(image))
     if not z_img.isfinite().all():
@@ -204,8 +208,10 @@ def to_latent(editor: Editor, image: Image.Image) -> Tensor:
     return z_img
 
 
-def from_latent(editor: Editor, z: Tensor, truncate: bool = False) -> Image.Image:
+def from_latent(editor: "Editor", z: "Tensor", truncate: bool = False) -> Image.Image:
     """The picture of a scaled latent (1, 4, h, w), see `to_image`. Raises SamplingError if it is not finite."""
+    import torch
+
     if not z.isfinite().all():
         what = "use --dtype float32" if editor.dtype != torch.float32 else "lower the guidance scales"
         raise SamplingError(f"the sampled latent is not finite, in {editor.dtype}: {what}")
@@ -348,11 +354,14 @@ def tell_lost_parts(given: Image.Image, working: Image.Image, box: Box, soft: bo
     )
 
 
-def latent_mask(mask: Image.Image, factor: int, soft: bool = False) -> Tensor:
+def latent_mask(mask: Image.Image, factor: int, soft: bool = False) -> "Tensor":
     """A mask at the autoencoder's scale, by area: (1, 1, H/factor, W/factor) in [0, 1], or in {0, 1} unless `soft`.
 
     Raises MaskError where nothing is left of it.
     """
+    import torch
+    import torch.nn.functional as F
+
     pixels = torch.from_numpy(np.array(mask, dtype=np.float32))[None, None] / 255
     z = F.avg_pool2d(pixels, factor)
     z = z if soft else (z >= 0.5).float()

@@ -307,6 +307,8 @@ def read_tiff(tiff, source: Source) -> Image.Image:
         source.fail("is too large to be read: scale it down first")
     if count > 1:
         source.tell(f"has {count} pages: the first is used; save another alone to use that")
+    if page.photometric in (32803, 34892):
+        source.fail(f"cannot be read as a picture: {RAW[0]}: {RAW[1]}")
     colours = {0: 1, 1: 1, 2: 3}.get(int(page.photometric), 5)
     if page.samplesperpixel > colours + 1 or page.samplesperpixel < colours:
         source.fail("is a TIFF of a kind that is not read: save it as an 8-bit PNG, as it is meant to be seen")
@@ -329,7 +331,7 @@ def refuse_raw_tiff(image: Image.Image, source: Source) -> None:
     """Camera raw files are TIFFs, whose first page is a preview or the sensor's mosaic."""
     tags = image.tag_v2
     preview = tags.get(254, 0) & 1 and 330 in tags  # the full picture is in a sub-directory
-    if 50706 in tags or tags.get(262) in (32803, 34892) or preview:
+    if 50706 in tags or preview:
         source.fail(f"cannot be read as a picture: {RAW[0]}: {RAW[1]}")
     if image.mode == "L" and tags.get(339, (1,))[0] == 2:
         source.fail("has values from -128 to 127: save it as an 8-bit PNG, as it is meant to be seen")
@@ -547,7 +549,7 @@ def from_array(array: np.ndarray, source: Source) -> Image.Image:
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
     elif array.dtype.kind == "f":
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+        if not (array.min() >= 0 and array.max() <= 1):  # NaN is neither
             raise source.error("an array of floats must lie in [0, 1]")
         array = (array * 255).round().astype(np.uint8)
     elif array.dtype != np.uint8:

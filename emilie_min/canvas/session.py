@@ -90,6 +90,7 @@ RECORD = {  # fields of State, as JSON; those with "?" are written where they ar
     "inserted?": dict,
 }
 ROOT = RECORD | {"parent": NoneType, "settings": dict, "f": NoneType}
+FILLED = {"depth", "strength", "made", "inserted", "own", "scrubbed"}  # which are there or not, but never null
 DEFAULTS = {field.name: field.default for field in fields(State)}
 PLAIN = [name[:-1] for name in RECORD if name.endswith("?") and name != "regions?"]  # as they stand in a State
 
@@ -210,7 +211,7 @@ def _add(canvas, path: Path) -> bool:
         others = _fill(db, canvas)
         db.execute("COMMIT")
     if others:
-        note(f"{printable(path)} has edits that another process added meanwhile: all are kept")
+        note(f"{path} has edits that another process added meanwhile: all are kept")
     return True
 
 
@@ -343,9 +344,12 @@ def _rows(path: Path) -> Iterator:
             raise CanvasError(f"{printable(path)} is no canvas of this version: it is an SQLite database of another")
         _check_tables(db)
         sizes = "SELECT length(about) FROM head UNION ALL SELECT length(record) + length(tensors) FROM states"
-        if any(type(size) is not int or size > LARGEST_ROW for (size,) in db.execute(sizes)):
+        if any(size > LARGEST_ROW for (size,) in db.execute(sizes)):
             raise ValueError("a state is larger than any picture that is edited")
-        ((text, digest),) = db.execute("SELECT about, digest FROM head").fetchall()
+        heads = db.execute("SELECT about, digest FROM head").fetchall()
+        if len(heads) != 1:
+            raise ValueError("what it says of itself is missing, or there twice")
+        ((text, digest),) = heads
         if digest != _digest(text):
             raise ValueError("what it says of itself is damaged")
         about = parse(text)
@@ -407,6 +411,10 @@ def _state(i: int, row: Row, photo: tuple[int, int]) -> State:
     record, tensors = row.record, row.tensors
     if found := fault(record, ROOT if i == 0 else RECORD) or strange(record, RECORD):
         raise ValueError(f"state {i}: {found}")
+    if null := [
+        name for where in (record, record["settings"]) for name in FILLED & where.keys() if where[name] is None
+    ]:
+        raise ValueError(f"state {i}: {null[0]} is null")
     texts = record.get("regions") or []
     needed = {"latent", "image"} | ({"z_init", "z_img"} if i == 0 else set())
     masks = set() if i == 0 else {"mask", *(f"mask.{k}" for k in range(len(texts)))}
@@ -418,7 +426,7 @@ def _state(i: int, row: Row, photo: tuple[int, int]) -> State:
         wrong = picture and tensor.shape != (*tensors["image"].shape[:2], *[3] * (name == "image"))
         if wrong or tensor.dtype != (torch.uint8 if picture else torch.float32):
             raise ValueError(f"state {i}: {name} has another size or type")
-        if not picture and not tensor.isfinite().all():
+        if not tensor.isfinite().all():
             raise ValueError(f"state {i}: {name} has numbers that are not finite")
     pictures = {name: Image.fromarray(t.numpy()) for name, t in tensors.items() if name == "image" or name in masks}
     regions = [(text, pictures.get(f"mask.{k}")) for k, text in enumerate(texts)]

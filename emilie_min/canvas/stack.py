@@ -17,7 +17,7 @@ same bits.
 
 import math
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
@@ -78,8 +78,9 @@ class Layer:
         return self.inserted is not None and "kept" in self.inserted
 
     def told(self, **changes) -> Settings:
-        """Its settings, with changes: what its record has of `Settings`, and not of regions or of scrubbing."""
-        record = {name: value for name, value in self.settings.items() if name not in ("own", "scrubbed")}
+        """Its settings, with changes: what its record has of `Settings`, not what it keeps of other things."""
+        known = {field.name for field in fields(Settings)}
+        record = {name: value for name, value in self.settings.items() if name in known}
         return Settings(**record | {"allow_empty": True} | changes)
 
     def asked(self, canvas) -> tuple[Asked, Settings]:

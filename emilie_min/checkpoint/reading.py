@@ -93,7 +93,7 @@ def _renamed(path: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
     if len(set(names.values())) < len(names):
         raise CheckpointError(f"{path} holds the same tensor under two names")
     if prefix:
-        note(f"{printable(path)} keeps its tensors under {printable(prefix)}, which is left out")
+        note(f"{path} keeps its tensors under {prefix}, which is left out")
     return {
         names[key]: _fitted(names[key], replace(e, key=key) if names[key] != key else e) for key, e in entries.items()
     }
@@ -273,7 +273,7 @@ def _tensors(path: Path, state: object) -> dict[str, Tensor]:
     name = max(inner, key=lambda name: len(inner[name]), default=None)
     if name is None or not any(key.startswith((RAW, EMA, VAE)) for key in inner[name]):
         return {}
-    note(f"{printable(path)} keeps its tensors under {printable(name)!r}")
+    note(f"{path} keeps its tensors under {name!r}")
     return inner[name]
 
 
@@ -352,7 +352,7 @@ class Reader:
         e = self.entries[key]
         file = self.open(e.file or self.path)
         if e.offset is None:
-            if rows is not None and e.shape:
+            if rows is not None:
                 return file.get_slice(e.key or key)[:rows]
             return file.get_tensor(e.key or key).view(e.shape)
         if not e.span:
@@ -539,7 +539,7 @@ def tell_apart(reader: Reader, names: dict[str, str], family: str, ema: str) -> 
     apart = math.sqrt(far / size) if size else 0.0
     if apart > LAG:
         note(
-            f"{printable(reader.path)} holds two UNets that are {apart:.0%} apart, as after a merge that left the old "
+            f"{reader.path} holds two UNets that are {apart:.0%} apart, as after a merge that left the old "
             "average: the average is used; --ema no (ema='no') takes the other"
         )
 

@@ -9,8 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from tqdm import tqdm
-
 from ..errors import first_line
 
 
@@ -80,6 +78,8 @@ def write_tensors(tensors: dict, path: str | Path, metadata: dict[str, str]) -> 
 def need_space(folder: Path, nbytes: int) -> None:
     """Raises OSError, as a write would, where the disk has no room for so many bytes."""
     if shutil.disk_usage(folder).free < nbytes:
+        from tqdm import tqdm
+
         raise OSError(errno.ENOSPC, f"No space left: {tqdm.format_sizeof(nbytes, 'B')} are needed in {folder}")
 
 

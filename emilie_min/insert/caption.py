@@ -1,6 +1,7 @@
 """BLIP-2 (Li et al., ICML 2023) says in a few words what a picture shows; by transformers, from files that are here."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -9,8 +10,12 @@ from ..checkpoint.schema import parse
 from ..errors import CheckpointError, EmilieError, explain_oom, first_line, hushed, printable
 from ..loading import pick_device
 
+if TYPE_CHECKING:
+    from transformers import Blip2Config
+
 RELEASED = "Salesforce/blip2-opt-2.7b"  # the smallest released one, 15 GB in float32; the paper does not say which
 LONGEST = 48  # tokens
+LAYERS = 1000  # of a part, at most: the released ones have up to 39
 ROOM = 4 * 2**30  # bytes free on a card, below which the captioner leaves it to the editor
 PARTS = {  # what a folder must hold, and names of files that do
     "config.json": ("config.json",),
@@ -39,6 +44,7 @@ class Captioner:
             logging.disable_progress_bar()
             with hushed(descriptor=1):  # tokenizers quotes its files there
                 self.processor = transformers.Blip2Processor.from_pretrained(folder, local_files_only=True)
+            weigh(transformers.Blip2Config.from_pretrained(folder, local_files_only=True), folder)
             with explain_oom(f"while {printable(model)} was loaded"):
                 self.model, report = transformers.Blip2ForConditionalGeneration.from_pretrained(
                     folder, local_files_only=True, dtype=dtype, output_loading_info=True
@@ -113,3 +119,21 @@ def find(model: str | Path) -> Path:
     if kind != "blip-2":
         raise CheckpointError(f"{printable(folder)} is not BLIP-2: its config.json says {printable(kind, 60)}")
     return folder
+
+
+def weigh(config: "Blip2Config", folder: Path) -> None:
+    """Of a model that is larger than its weight files all would be allocated. Raises CheckpointError."""
+    from transformers import Blip2ForConditionalGeneration
+
+    spoken = f"{printable(folder)}/config.json speaks of"
+    for part in (config.vision_config, config.qformer_config, config.text_config):
+        if getattr(part, "num_hidden_layers", 0) > LAYERS:
+            raise CheckpointError(f"{spoken} more than {LAYERS} layers: copy all its files anew")
+    with torch.device("meta"):
+        wanted = 2 * sum(p.numel() for p in Blip2ForConditionalGeneration(config).parameters())
+    held = sum(path.stat().st_size for end in ("safetensors", "bin") for path in folder.glob(f"*.{end}"))
+    if wanted > held:
+        raise CheckpointError(
+            f"{spoken} a model of {wanted / 1e9:.2g} GB in float16, and its weight files have {held / 1e9:.2g} GB: "
+            "copy all its files anew"
+        )

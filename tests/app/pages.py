@@ -5,6 +5,7 @@ import http.client
 import itertools
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ def served(editor, **more):
     page, server = studio.serve(editor, **more)
     listener = studio.listen(port=0)
     page.port = listener.getsockname()[1]
-    page.url = f"http://127.0.0.1:{page.port}/"
+    page.url, page.door = f"http://127.0.0.1:{page.port}/", server.config.app
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     yield page
@@ -45,6 +46,13 @@ class Caller:
             return answer.status, b"" if endless else answer.read(), dict(answer.headers)
         finally:
             connection.close()
+
+    @contextmanager
+    def slow(self, method: str, path: str):
+        """The connection of a request whose body comes in chunks, which are sent by hand."""
+        with socket.create_connection(("127.0.0.1", self.page.port), 60) as line:
+            line.sendall(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+            yield line
 
     def join(self, number: int, data: list, **more) -> tuple[int, bytes]:
         """Put an event into the queue."""

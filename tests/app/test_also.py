@@ -48,7 +48,9 @@ def test_a_region_has_settings_of_its_own(photo, editor, capsys):
     written = emilie.open("out/photo.canvas", editor).state
     second = {"text_scale": 2.5, "seed": 7, "negative": "make it night"}
     assert written.settings["own"] == [{"image_scale": 0.5}, second] and written.settings["text_scale"] == 2
-    for bad, why in [("1=seed=1", "whose and what"), ("1.1=seed", "whose and what"), ("1.3=seed=1", "no instruction 3"),
+    for bad, why in [("1=seed=1", "whose and what"), ("1.1=seed", "whose and what"),
+                     ("x.1=seed=1", "whose and what"), ("1.x=seed=1", "whose and what"),
+                     ("1.3=seed=1", "no instruction 3"),
                      ("1.1=steps=2", "own settings are"), ("1.1=seed=x", "seed must be a whole number"),
                      ("2.1=seed=1", "of an edit 2")]:  # fmt: skip
         code, _, err = run("edit", photo, NIGHT, "--own", bad, *MODEL, capsys=capsys)

@@ -31,6 +31,15 @@ def found(name: str, subject: Subject) -> check.Finding:
     return check.attempt(lambda: check.CHECKS[name](subject))
 
 
+def test_whatever_goes_wrong_in_a_check_is_red():
+    for wrong, told in ((emilie.EmilieError("no"), "no"), (IndexError("\x1bno"), "failed: IndexError: ?no")):
+        assert check.attempt(lambda wrong=wrong: fail(wrong)) == check.Finding(RED, told)
+
+
+def fail(error: Exception):
+    raise error
+
+
 def test_all_is_well_with_what_ships(capsys):
     code, out, err = run("check", "--weights", SHIPPED, "--device", "cpu", capsys=capsys)
     assert code == 0 and not err

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -170,12 +171,32 @@ def test_the_background_is_kept_where_there_are_masks(photo, editor, capsys):
 
 def test_demo_wants_the_small_worlds_model(photo, capsys):
     config = Path("big.yaml")
-    from importlib.resources import files
-
     text = (files("emilie_min") / "configs" / "toy.yaml").read_text()
     config.write_text(text.replace("resolution: 64", "resolution: 128"))
     code, _, err = run("demo", "--weights", "random", "--config", config, "--device", "cpu", capsys=capsys)
     assert code == 2 and "small world" in err[0] and not Path("out").exists()
+
+
+def test_what_cannot_work_is_told_before_it_begins(photo, capsys, monkeypatch):
+    text = (files("emilie_min") / "configs" / "toy.yaml").read_text()
+    Path("big.yaml").write_text(text.replace("resolution: 64", "resolution: 128"))
+    monkeypatch.setattr("emilie_min.toy.evaluate.evaluate", lambda *_, **__: pytest.fail("it began"))
+    for args, told in (
+        (["studio", "--auth", "ann", "--weights", "none.ckpt"], "USER:PASSWORD"),
+        (["toy-eval", "--out", "photo.png/e.json", *MODEL[:-2]], "cannot write"),
+        (["toy-eval", *MODEL[:-2], "--config", "big.yaml"], "small world"),
+    ):
+        code, _, err = run(*args, capsys=capsys)
+        assert code == 2 and told in err[-1], err
+
+
+def test_the_tokenizer_alone_is_downloaded(capsys, monkeypatch):
+    from emilie_min.checkpoint import download, ready
+
+    monkeypatch.setattr(ready, "ready", lambda *_, **__: pytest.fail("the weights, too"))
+    monkeypatch.setattr(download, "download", lambda folder, tokenizer_only: f"{folder} {tokenizer_only}")
+    code, out, _ = run("download", "--tokenizer", "--out", "here", capsys=capsys)
+    assert (code, out) == (0, "here True\n")
 
 
 def broken_png(path: Path) -> None:
@@ -194,10 +215,12 @@ BAD = {
     "an endless number": (["photo.png", "make it night", "--box", "9" * 5000 + "=0,0,9,9"], "which edit"),
     "dashes twice": (["--", "photo.png", "--", "make it night"], "-- is there twice"),
     "mask without number": (["photo.png", "make it night", "--mask", "mask.png"], "which edit"),
+    "mask for a word": (["photo.png", "make it night", "--mask", "x=mask.png"], "which edit"),
     "mask twice": (["photo.png", "make it night", "--mask", "1=mask.png", "--box", "1=0,0,9,9"], "already"),
     "mask of another size": (["photo.png", "make it night", "--mask", "1=small.png"], "same size"),
     "vanishing mask": (["photo.png", "make it night", "--box", "1=0,0,1,1"], "vanishes"),
-    "box of words": (["photo.png", "make it night", "--box", "1=a,b,c,d"], "four whole numbers"),
+    "box of words": (["photo.png", "make it night", "--box", "1=a,b,c,d"], "four whole numbers X0,Y0,X1,Y1"),
+    "box of three": (["photo.png", "make it night", "--box", "1=1,2,3"], "four whole numbers X0,Y0,X1,Y1"),
     "background of nothing": (["photo.png", "make it night", "--keep-background"], "needs a --mask"),
     "unknown gate": (["photo.png", "make it night", "--gate", "wall"], "--gate"),
     "unknown option": (["photo.png", "make it night", "--speed", "9"], "--speed"),
@@ -244,9 +267,9 @@ def test_a_full_disk(photo, capsys, monkeypatch):
     assert not [p for p in Path("out").iterdir() if p.name != "photo.canvas"]
 
 
-def test_help_needs_no_torch():
+def test_help_needs_neither_torch_nor_pictures():
     code = "import sys\nfrom emilie_min.app import cli\n"
-    code += "try: cli.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    code += "try: cli.main(['--help'])\nfinally: assert not {'torch', 'PIL', 'tqdm'} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 

@@ -1,12 +1,17 @@
 """What an attacker may write to the studio: real requests, of every event, every input and every route."""
 
+import asyncio
 import base64
 import importlib.util
 import io
 import json
+import re
+import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +26,9 @@ pytestmark = [
     pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="not installed: gradio"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio.*"),
 ]
-LOAD, EDIT, SCENE, OPENED, UNDO, REDO, TREE, _, EXAMPLES = range(9)  # the page's events by their numbers
+LOAD, EDIT, SCENE, OPENED, UNDO, REDO, TREE, STACK, STOP, EXAMPLES = range(10)  # the page's events by their numbers
 INSET, INSET_MASK, PLACES, AWAY, INSERT = range(14, 19)
+EDIT_BY_NAME, GO_BY_NAME = 21, 27
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +83,17 @@ def spellings(path: Path) -> list:
 
 
 def test_no_event_takes_a_file_in_any_input(page, caller, secret):
-    good = {LOAD: [None], EDIT: caller.edit("make it night"), EXAMPLES: [0], INSERT: caller.insert()}
-    files, tried = spellings(secret), 0
+    kinds = {"textbox": "make it night", "slider": 1, "number": 1, "checkbox": False, "dataset": 0, "radio": "anchor"}
+    files, tried = spellings(secret), set()
     for number, fn in page.fns.items():
-        values = good.get(number, [None] * len(fn.inputs))
-        for place in range(len(values)):
-            for file in files:
+        names = [block.get_block_name() for block in fn.inputs]
+        values = [kinds.get(name) for name in names]
+        for place, name in enumerate(names):
+            for file in files if name not in tried else files[:1]:
                 bad = [*values[:place], file, *values[place + 1 :]]
                 assert caller.join(number, bad)[0] == 422, (number, place, file)
-                tried += 1
-    assert tried > 15 * len(files) - 1
+            tried.add(name)
+    assert tried == {*kinds, "state"}
     assert len(caller.visitor.canvas.states) == 1
 
 
@@ -98,10 +105,16 @@ def test_what_else_an_event_brings_goes_no_further(caller, secret):
         "x",
     ):
         told = caller.do(TREE, [None], event_data=more)
-        assert "failed here" in told and str(secret) not in told
+        assert "a click says where" in told and str(secret) not in told
     assert "At 0" in caller.do(TREE, [None], event_data={"state": "0", "path": str(secret)})
     told = caller.do(SCENE, [None], event_id=str(secret), simple_format=True, batched=True, oauth_token="x", request={})
     assert "of the small world" in told
+
+
+def scaled(text: str) -> bytes:
+    """An edit whose text scale is written so."""
+    values = f'[null, "x", "", false, false, {text}, 1, 2, null, "anchor", "", 1]'
+    return f'{{"fn_index": {EDIT}, "session_hash": "a", "data": {values}}}'.encode()
 
 
 BODIES = {
@@ -117,11 +130,16 @@ BODIES = {
     "no page": b'{"fn_index": 4, "data": [null]}',
     "a page that is a path": b'{"fn_index": 4, "session_hash": "../a", "data": [null]}',
     "a page that is a list": b'{"fn_index": 4, "session_hash": ["a"], "data": [null]}',
-    "not a number": b'{"fn_index": 1, "session_hash": "a", "data": [null, "x", "", false, false, NaN, 1, 2, null, ""]}',
-    "infinite": b'{"fn_index": 1, "session_hash": "a", "data": [null, "x", "", false, false, 1e999, 1, 2, null, ""]}',
-    "a text": b'{"fn_index": 1, "session_hash": "a", "data": [null, "x", "", false, false, "1", 1, 2, null, ""]}',
-    "a number": b'{"fn_index": 1, "session_hash": "a", "data": [null, 1, "", false, false, 1, 1, 2, null, "eq8"]}',
+    "not a number": scaled("NaN"),
+    "infinite": scaled("1e999"),
+    "a text": scaled('"1"'),
+    "a number": scaled("1").replace(b'"x"', b"1"),
+    "no list of data": b'{"fn_index": %d, "session_hash": "a", "data": {}}' % STOP,
     "no UTF-8": b"\xff\xfe\x00",
+    "of many parts": b'{"fn_index": 4, "session_hash": "a", "data": [null], "x": [%s0]}' % (b"0," * 10_000),
+    "a large number": b'{"fn_index": 27, "session_hash": "a", "data": [null, 1%s]}' % (b"0" * 20),
+    "a large negative number": b'{"fn_index": 27, "session_hash": "a", "data": [null, -1e20]}',
+    "a body that is a text": b'"fn_index"',
 }
 
 
@@ -131,12 +149,47 @@ def test_a_malformed_event(name, caller):
         assert caller.ask("POST", path, BODIES[name], Content_Type="application/json")[0] == 422
 
 
+@pytest.mark.parametrize(
+    ("more", "kept"),
+    [
+        ({"state": 3}, {"state": "3"}),
+        ({"state": "3", "change": "hide", "value": 0.5}, {"state": "3", "change": "hide", "value": "0.5"}),
+        ({"state": "3", "change": "hide", "value": "0.5; x"}, {"state": "3"}),
+        ({"state": "3", "change": "hide"}, {"state": "3"}),
+        ({"state": "3", "change": "forget", "value": "1"}, {"state": "3"}),
+        ({"state": "3", "change": ["hide"], "value": "1"}, {"state": "3"}),
+        ({"state": "-3"}, {}),
+        ({"state": ["3"], "change": "hide", "value": "1"}, {}),
+        ([{"state": "3"}], {}),
+    ],
+)
+def test_what_a_click_says_is_read_by_its_words(more, kept):
+    event = {"fn_index": 0, "session_hash": "a", "data": [], "trigger_id": [1], "event_data": more}
+    plain = door.Door(lambda *_: None, {0: []}).plain
+    told = json.loads(plain(json.dumps(event).encode()))
+    assert told.keys() == {"fn_index", "session_hash", "data", "event_data"}
+    assert told["event_data"].pop("asked") <= time.time() and told["event_data"] == kept
+
+
+def test_what_is_spoiled_there_is_an_event(page, caller):
+    assert page.fns[STOP].inputs == []
+    assert caller.ask("POST", "/gradio_api/queue/join", scaled("1"), Content_Type="application/json")[0] == 200
+
+
+def test_an_event_before_the_page_is_loaded_is_told(page):
+    from pages import Caller
+
+    stranger = Caller(page)
+    assert "there is no picture yet" in stranger.do(EDIT, stranger.edit("make it night"))
+
+
 CLOSED = """
 GET /gradio_api/file={secret} | GET /file={secret} | GET /gradio_api/file/{secret} | HEAD /gradio_api/file={secret}
 GET /gradio_api/file=file://{secret} | GET /gradio_api/proxy=http://127.0.0.1:1/x | GET /proxy=file://{secret}
 GET /static/../../../../../../../..{secret} | GET /static/%2e%2e/%2e%2e{secret} | GET /static//{secret}
 GET /static/{secret} | GET /assets/..%2f..%2f..%2f..%2f..%2f..{secret} | GET /assets/..{secret}
 GET /svelte/..{secret} | GET //{secret} | GET {secret} | GET /save/../{secret} | GET /save/x/..%2f{secret}
+GET /static/a/..{secret} | GET /assets/a/../../x
 GET /theme.css/..{secret} | GET /custom_component/0/server/x/y
 GET /gradio_api/custom_component/0/client/component/..{secret}
 GET /gradio_api/openapi.json | GET /gradio_api/deep_link?session_hash=x | GET /gradio_api/runs
@@ -163,6 +216,61 @@ def test_every_other_way_is_closed(caller, secret, tmp_path):
             way
         )
     assert len(ways) > 43
+
+
+def routes(app) -> list[str]:
+    """The paths of an app and of what is mounted on it, with x in the place of each parameter."""
+    inner = [getattr(r, "original_router", r) for r in app.routes]  # a router that was put into another
+    below = [path for r in inner if getattr(r, "routes", None) for path in routes(r)]
+    return [re.sub(r"{.*?}", "x", r.path) for r in inner if hasattr(r, "endpoint")] + below
+
+
+def test_no_way_of_the_installed_gradio_is_open_by_oversight(page, caller):
+    known = {"/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/assets/x", "/static/x", "/svelte/x"}
+    known |= {f"/gradio_api/{name}" for name in ("info", "queue/data", "heartbeat/x")} | {"/save/x/x"}
+    paths = set(routes(page.door.app))
+    assert known | {"/gradio_api/queue/join", "/open/x", "/stop/x", "/gradio_api/startup-events"} < paths
+    for path in paths - known | {f"/gradio_api{path}" for path in paths} | {f"/{path}" for path in paths}:
+        assert caller.ask("GET", path)[1] == b"there is nothing here", path
+    for path in paths - {"/gradio_api/queue/join", "/open/x", "/stop/x"}:
+        assert caller.ask("POST", path, b"{}")[1] == b"there is nothing here", path
+    assert all(caller.ask("HEAD", path)[0] == 404 for path in known - {"/"})
+
+
+def test_every_answer_is_sealed_and_a_refusal_is_the_last(caller):
+    for method, path, status in (
+        ("GET", "/", 200),
+        ("GET", f"/gradio_api/queue/data?session_hash={caller.session}", 200),
+        ("GET", "/x", 404),
+        ("POST", "/gradio_api/queue/join", 422),
+    ):
+        got, _, headers = caller.ask(method, path, b"{}" if method == "POST" else None)
+        assert got == status and headers.get("connection") == (None if status == 200 else "close")
+        assert headers["x-frame-options"] == "DENY" and "frame-ancestors 'none'" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "same-origin"
+        assert "server" not in headers
+    config = caller.ask("GET", "/config")[1]
+    assert b'"show_error":false' in config and str(Path.home()).encode() not in config
+
+
+def test_what_a_request_says_of_where_it_goes_is_not_believed(caller):
+    for name in ("X_Forwarded_Host", "X_Gradio_Server"):
+        for path in ("/", "/config"):
+            status, answer, _ = caller.ask("GET", path, **{name: "http://evil.example"})
+            assert status == 200 and b"evil.example" not in answer
+
+
+def test_nothing_but_http_gets_through(page):
+    sent, called = [], []
+
+    async def ask(scope: dict) -> None:
+        async def send(message):
+            sent.append(message["type"])
+
+        await door.Door(lambda *_: called.append(1), {}, page.door.pages)(scope, None, send)
+
+    asyncio.run(ask({"type": "websocket", "path": "/", "headers": []}))
+    assert sent == ["websocket.close"] and not called
 
 
 def test_a_link_to_a_saved_state_is_not_followed(caller):
@@ -196,6 +304,24 @@ def test_uploads(caller, tmp_path, monkeypatch):
     assert caller.upload("large.png", b"x" * 2000) == 413
     assert "large.png did not arrive" in caller.do(OPENED, [None])
     assert list((tmp_path / "temp").iterdir()) == [] and caller.visitor.canvas is canvas
+    monkeypatch.undo()
+    monkeypatch.setattr(door.tempfile, "tempdir", str(tmp_path / "temp"))
+    for free in (lambda _: SimpleNamespace(free=door.ROOM - 1), lambda _: 1 / 0, lambda _: open("/none")):
+        monkeypatch.setattr(door.shutil, "disk_usage", free)
+        assert caller.upload("a.png", out.getvalue()) in (500, 507)
+        assert "did not arrive" in caller.do(OPENED, [None]) and list((tmp_path / "temp").iterdir()) == []
+
+
+def test_of_two_uploads_at_once_the_later_one_counts(page, caller):
+    out = io.BytesIO()
+    world.render(world.scene(9)).save(out, "PNG")
+    with caller.slow("POST", f"/open/{caller.key}?name=a.png") as line:
+        line.sendall(b"1\r\nx\r\n")
+        until(lambda: caller.visitor.uploaded[0] == "a.png")
+        assert caller.upload("b.png", out.getvalue()) == 204
+        line.sendall(b"1\r\nx\r\n")
+        assert b" 409 " in line.recv(1000)
+    assert "b.png is open" in caller.do(OPENED, [None])
 
 
 def test_an_inset_goes_through_the_same_door(page, caller, secret, tmp_path, monkeypatch):
@@ -210,7 +336,7 @@ def test_an_inset_goes_through_the_same_door(page, caller, secret, tmp_path, mon
         assert caller.join(event, [None, 1])[0] == 422
     assert "no inset yet" in caller.do(PLACES, [None, str(secret), ""])  # a caption is no path
     assert "no place is proposed" in caller.do(INSERT, caller.insert(), event_data={"state": "0"})
-    assert "failed here" in caller.do(INSERT, caller.insert(), event_data={"state": {"path": str(secret)}})
+    assert "a click says where" in caller.do(INSERT, caller.insert(), event_data={"state": {"path": str(secret)}})
     told = caller.arrive(INSET, "../kite.png", circle())
     assert "kite.png is the inset" in told and "a red circle" in told and "/temp/" not in told
     assert list((tmp_path / "temp").iterdir()) == []
@@ -282,9 +408,83 @@ def test_a_mask_that_unpacks_to_more_than_the_picture(caller):
     assert len(caller.visitor.canvas.states) == 1
 
 
+def test_the_limits_are_those_of_a_small_server():
+    from emilie_min.app import page, visitor
+
+    assert door.EVENT <= 2**26 and door.UPLOAD <= 2**29 and door.WRONG <= 100 and 10 <= door.WHILE <= 3600
+    assert page.PAGES <= 1000 and page.WAITING <= 100 and visitor.REGIONS <= 64 and visitor.LONGEST <= 10_000
+
+
 def test_an_event_has_a_size(caller, monkeypatch):
     monkeypatch.setattr(door, "EVENT", 10_000)
     assert caller.join(EDIT, caller.edit("x" * 10_000))[0] == 413
+    monkeypatch.setattr(door, "HELD", 3_000)
+    with caller.slow("POST", "/gradio_api/queue/join") as line:
+        line.sendall(b"7d0\r\n" + b"x" * 2_000 + b"\r\n")
+        until(lambda: caller.page.door.held == 2_000)
+        assert caller.join(EDIT, caller.edit("x" * 2_000))[0] == 503
+    until(lambda: caller.page.door.held == 0)
+    assert caller.join(EDIT, caller.edit("x" * 2_000))[0] == 200
+
+
+def test_who_is_slow_is_not_waited_for(caller, monkeypatch):
+    monkeypatch.setattr(door, "PATIENCE", 0.2)
+    monkeypatch.setattr(door, "SILENT", 0.2)
+    with caller.slow("POST", "/gradio_api/queue/join") as line:
+        assert b" 408 " in line.recv(1000)
+    with socket.create_connection(("127.0.0.1", caller.page.port), 30) as line:
+        line.sendall(b"GET / HTTP/1.1\r\n")
+        assert line.recv(1000) == b""
+
+
+def test_files_are_made_one_at_a_time_of_a_visitor(page, caller, monkeypatch):
+    from pages import Caller
+
+    now, most = [], []
+
+    def file(self, what):
+        now.append(self)
+        most.append((len(now), len(set(now))))
+        time.sleep(0.05)
+        now.remove(self)
+        return "a", b"x"
+
+    monkeypatch.setattr(type(caller.visitor), "file", file)
+    asking = [caller, caller, *(Caller(page).enter() for _ in range(3))]
+    with ThreadPoolExecutor(5) as pool:
+        answers = pool.map(lambda one: one.ask("GET", f"/save/{one.key}/picture")[0], asking)
+        assert list(answers) == [200] * 5
+    assert len(most) == 5 and max(most) == (door.MAKERS, door.MAKERS) and all(a == b for a, b in most)
+
+
+# ---- which pages are kept
+
+
+def test_a_page_that_is_open_does_not_go_for_another(page, caller, monkeypatch):
+    from pages import Caller
+
+    monkeypatch.setattr("emilie_min.app.page.PAGES", 3)
+    kept, listening = page.state_holder.session_data, page.door.pages.listening
+    for old in set(kept) - {caller.session}:
+        del kept[old]
+    pulse = caller.open_stream(f"/gradio_api/heartbeat/{caller.session}")
+    next(pulse)
+    left, *_, newest = [Caller(page).enter() for _ in range(4)]
+    assert left.key not in page.visitors and newest.key in page.visitors and len(kept) == 3
+    assert "At 0" in caller.do(TREE, [None], event_data={"state": "0"})
+    listening.update(list(kept))
+    assert Caller(page).join(LOAD, [None]) == (503, b"too many pages are open here: come back later")
+    assert "nothing to undo" in newest.do(UNDO, [None])
+    listening.subtract(list(kept))
+    pulse.close()
+    until(lambda: not +listening)
+
+
+def test_a_page_that_does_not_listen_is_not_told_for_ever(caller, monkeypatch):
+    monkeypatch.setattr("emilie_min.app.page.UNHEARD", 5)
+    until(lambda: caller.join(UNDO, [None])[0] == 503)
+    assert caller.results()
+    assert "nothing to undo" in caller.do(UNDO, [None])
 
 
 # ---- several visitors
@@ -372,7 +572,9 @@ def test_a_crash_leaves_the_page_alive(caller, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(Canvas, "steps", lambda *_, **__: 1 / 0)
         told = caller.do(EDIT, caller.edit("make it night"))
+        by_name = caller.do(EDIT_BY_NAME, [*caller.edit("make it night")[:-1]])
     assert "failed here" in told and "division" not in told and "ZeroDivisionError" in capsys.readouterr().err
+    assert "failed here" in by_name and "division" not in by_name
     assert "Edit 1" in caller.do(EDIT, caller.edit("make it night"))
 
 
@@ -398,7 +600,7 @@ def test_only_from_this_computer(caller):
         assert caller.ask("GET", "/", Host=host)[0] in (400, 403), host
     for host in ("localhost", "127.0.0.1", f"localhost:{caller.page.port}", "[::1]:1"):
         assert caller.ask("GET", "/", Host=host)[0] == 200
-    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", "http://127.0.0.1"):
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", "http://127.0.0.1", "http://[", "", "http://"):
         assert caller.ask("POST", f"/stop/{caller.key}", b"", Origin=origin)[0] == 403
     assert caller.ask("POST", f"/stop/{caller.key}", b"", Origin=caller.page.url[:-1])[0] == 204
 
@@ -411,7 +613,9 @@ def test_few_wrong_passwords_are_heard(editor, monkeypatch):
         right = Caller(page, "ann:pw")
         for _ in range(3):
             assert Caller(page).ask("GET", "/")[0] == 401  # who has said none yet
-        asked = [Caller(page, f"ann:{i}").ask("GET", "/")[0] for i in range(door.WRONG + 5)]
+        asked = [
+            Caller(page, f"ann:{i}").ask("GET", "/", X_Forwarded_For=f"10.0.0.{i}")[0] for i in range(door.WRONG + 5)
+        ]
         assert asked == [401] * door.WRONG + [429] * 5
         assert right.ask("GET", "/theme.css")[0] == 429  # or the right one could be found while waiting
         until(lambda: right.ask("GET", "/theme.css")[0] == 200, 10)
@@ -451,13 +655,24 @@ def test_with_a_link_that_works_once(editor):
             "/gradio_api/queue/data?token=a-secret",
         ):
             assert caller.ask("GET", path)[0] == 401
-        status, _, headers = caller.ask("GET", "/?token=a-secret")
+        for i in range(door.WRONG + 1):  # a password that is not asked for locks nobody out
+            assert Caller(page, f"ann:{i}").ask("GET", "/")[0] == 401
+        assert caller.ask("HEAD", "/?token=a-secret")[0] == caller.ask("POST", "/?token=a-secret", b"")[0] == 401
+        status, _, headers = caller.ask("GET", "/?token=a-secret")  # which those have not used up
         assert status == 303 and headers["location"] == "/" and "HttpOnly" in headers["set-cookie"]
         assert caller.ask("GET", "/?token=a-secret")[0] == 401
         assert caller.ask("GET", "/", Cookie="emilie=")[0] == caller.ask("GET", "/", Cookie="emilie=x")[0] == 401
         caller.headers["Cookie"] = headers["set-cookie"].partition(";")[0]
         assert caller.ask("GET", "/")[0] == 200
         assert "of the small world" in caller.do(LOAD, [None])
+
+
+def test_of_wrong_passwords_no_endless_list_is_kept():
+    closed = door.Door(lambda *_: None, {}, local=False, auth=door.Auth("ann:pw"))
+    for i in range(1500):
+        scope = {"type": "http", "headers": [(b"authorization", b"Basic x")], "client": (f"address {i}", 1)}
+        assert not closed.admits(door.Request(scope))
+    assert len(closed.wrong) <= 1001
 
 
 @pytest.mark.parametrize(

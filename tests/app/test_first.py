@@ -149,7 +149,11 @@ def test_what_a_picture_says_is_not_trusted(photo, capsys):
         (None, "does not say how"),
         ("{", "broken"),
         ('{"edits": 3}', "broken"),
+        ('["edits"]', "broken"),
+        ('{"edits": {}}', "broken"),
+        (f'{{"edits": [], "x": "{"a" * 2**20}"}}', "broken"),  # longer than anything that is written
         ('{"edits": [{"instruction": 3, "settings": {}}]}', "broken"),
+        ('{"edits": [{"instruction": "x", "settings": []}]}', "broken"),
         ("[" * 100000, "broken"),
     ):
         texts = PngInfo()
@@ -158,6 +162,9 @@ def test_what_a_picture_says_is_not_trusted(photo, capsys):
         Image.new("RGB", (8, 8)).save("said.png", pnginfo=texts)
         code, _, err = run("info", "said.png", capsys=capsys)
         assert code == 2 and told in err[0] and len(err) == 1
+    photo.write_bytes(photo.read_bytes()[:200])
+    code, _, err = run("info", photo, capsys=capsys)
+    assert code == 2 and "cannot be read as a picture" in err[0] and len(err) == 1
     texts = PngInfo()
     texts.add_itxt("emilie", json.dumps({"edits": [{"instruction": "\x1b[31mred", "settings": {"\x1b": 1}}]}))
     Image.new("RGB", (8, 8)).save("said.png", pnginfo=texts)

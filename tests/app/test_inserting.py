@@ -1,6 +1,7 @@
 """An object inserted in the studio: the inset that is dropped, its places, and the edit at one of them."""
 
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from PIL import Image
 
 import emilie_min as emilie
 from emilie_min.app.inserting import Networks
-from emilie_min.app.visitor import Visitor, data_url, inset_html, picture_html
+from emilie_min.app.options import tell_foreign
+from emilie_min.app.visitor import GENERAL, Visitor, data_url, inset_html, picture_html
 from emilie_min.canvas.photo import open_photo
 from emilie_min.errors import CanvasError, CheckpointError, ImageError, InstructionError, MaskError
 from emilie_min.insert import insertion
@@ -96,6 +98,7 @@ def test_what_cannot_be_inserted_is_told_and_harms_nothing(visitor):
         ({"place": painted((0, 0, 9, 9), (9, 9))}, MaskError, "same size"),
         ({"caption": "a zeppelin " * 999}, InstructionError, "too long"),
         ({"n": 10**6}, CanvasError, "from 1 to 64"),
+        ({"n": 2.5}, CanvasError, "from 1 to 64"),
     ):
         with pytest.raises(error, match=told):
             propose(visitor, **given)
@@ -132,6 +135,8 @@ def test_a_caption_is_of_one_inset_alone(visitor, tmp_path, monkeypatch):
         assert inserting.told == inserting.caption == told
     with pytest.raises(ImageError, match="did not arrive"):
         visitor.drop_uploaded()
+    visitor.begin(None, None, "")
+    assert visitor.first_places("", ["c.png is the inset"]).startswith("c.png is the inset. there is no picture yet")
 
 
 class Uploaded:
@@ -153,6 +158,10 @@ class Uploaded:
 def test_another_model_says_what_to_give(small, picture):
     visitor = Visitor(small)
     visitor.begin(open_photo(picture, small, resolution=64), None, "photo")
+    assert visitor.suggestions() == list(GENERAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not tell_foreign(small, Image.new("RGB", (64, 64)))
     with pytest.raises(CanvasError, match="Paint there.*--graconet"):
         propose(visitor)
     place = painted((0, 0, 32, 32))

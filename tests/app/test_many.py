@@ -63,8 +63,21 @@ def test_a_pattern_and_a_picture_that_is_none(pictures, capsys):
     assert any(line.startswith("emilie: error: in/sub/broken.png") for line in err)
     code, _, err = run("edit", "--batch", "in/*.gif", NIGHT, *MODEL, capsys=capsys)
     assert code == 2 and "no pictures at in/*.gif" in err[0]
-    code, _, err = run("edit", "--batch", "in", NIGHT, "--mask", "1=in/a.png", *MODEL, capsys=capsys)
-    assert code == 2 and "the same for every picture" in err[0]
+    for words in (
+        ["--mask", "1=in/a.png"],
+        ["--canvas", "c.canvas"],
+        ["--also", "1=0,0,9,9:x"],
+        ["--crop"],
+        ["--mask-invert"],
+    ):
+        code, _, err = run("edit", "--batch", "in", NIGHT, *words, *MODEL, capsys=capsys)
+        assert code == 2 and "the same for every picture" in err[0]
+    for none in ([" "], [NIGHT, ""]):
+        code, _, err = run("edit", "--batch", "in", *none, *MODEL, capsys=capsys)
+        assert code == 2 and "an instruction is empty" in err[0]
+    Path("o/a_1.png").write_bytes(b"no picture")
+    code, _, err = run("edit", "--batch", "in/a.png", NIGHT, "--out", "o", *MODEL, capsys=capsys)
+    assert code == 2 and "of another run" in err[0]
 
 
 def test_a_batch_that_is_killed_goes_on(pictures, capsys):
@@ -113,8 +126,11 @@ def test_together_is_one_by_one(pictures, editor, capsys, monkeypatch):
         assert (alone.latent - canvas.latent).abs().max() < 1e-4 * alone.latent.abs().max()
         assert alone.state.settings == canvas.state.settings and alone.state.parent == canvas.state.parent
     assert together.can(steps=3, text_scale=2.0) and not together.can(reuse=2) and not together.can(gate="eq8")
-    with pytest.raises(CanvasError, match="together"):
-        list(together.steps([canvases[0], open_photo(Image.new("RGB", (64, 64)), editor).canvas], NIGHT))
+    black = Image.new("RGB", (64, 64))
+    large, other, fresh = (open_photo(black, editor, *how).canvas for how in ((0, 128), (1,), (0,)))
+    for each, more in ((large, {}), (other, {}), (fresh, {}), (canvases[1], {"gate": "eq8"})):
+        with pytest.raises(CanvasError, match="together"):
+            list(together.steps([canvases[0], each], NIGHT, **more))
 
     real, sizes = together.steps, []
 
@@ -148,10 +164,13 @@ def test_a_grid(photo, capsys):
     assert Path("out/photo_grid-2.png").exists()  # and nothing is overwritten
     for words, told in (
         (["--text-scale", "a"], "finite number"),
+        (["--text-scale", ","], "one value or more"),
         (["--seeds", ",".join(map(str, range(200)))], "100 at"),
     ):
         code, _, err = run("grid", photo, NIGHT, *words, *MODEL, capsys=capsys)
         assert code == 2 and told in err[0]
+    code, _, err = run("grid", photo, " ", *MODEL, capsys=capsys)
+    assert code == 2 and "the instruction is empty" in err[-1]
 
 
 def test_where_an_instruction_acts(shipped, photo, capsys):
@@ -170,8 +189,9 @@ def test_where_an_instruction_acts(shipped, photo, capsys):
     assert code == 0 and "acts on 19% of the picture" in out and "acts on all of the picture: no mask" in out
     canvas = emilie.open("out/photo.canvas", shipped)
     assert np.array_equal(np.asarray(canvas.states[1].mask), np.asarray(Image.open("out/photo_where_mask.png")))
-    code, _, err = run("where", photo, NIGHT, "--threshold", 2, *options, capsys=capsys)
-    assert code == 2 and "--threshold" in err[0]
+    for threshold in (0, 2):
+        code, _, err = run("where", photo, NIGHT, "--threshold", threshold, *options, capsys=capsys)
+        assert code == 2 and "--threshold" in err[0]
 
 
 def test_the_place_is_looked_for_in_the_picture_of_then(shipped, monkeypatch, photo, capsys):

@@ -72,6 +72,9 @@ def test_a_script_opens_edits_looks_undoes_and_is_told_what_is_wrong(shipped):
         ):
             with pytest.raises(gradio_client.exceptions.AppError, match=told):
                 call()
+        (visitor,) = (each for each in page.visitors.values() if each.canvas is not None)
+        with visitor.busy, pytest.raises(gradio_client.exceptions.AppError, match="an edit is under way"):
+            client.predict(api_name="/undo")
 
 
 def test_two_scripts_have_pictures_of_their_own(shipped):

@@ -53,6 +53,7 @@ def test_the_stack_is_told_and_changed(session, editor, capsys):
     [
         (["forget", 1], "choose from retract"),
         (["retract"], "write: emilie stack SESSION retract K"),
+        (["hide", 1, 2], "write: emilie stack SESSION hide K"),
         (["move", 1], "move K TO"),
         (["strength", 1, "x"], "write numbers"),
         (["hide", 1, "--steps", 3], "--steps is for `revise` and `scrub`"),
@@ -97,5 +98,6 @@ def test_killed_in_a_change_the_session_is_whole_and_what_was_not_written_can_be
 
 
 def test_what_is_no_session_is_told(photo, capsys):
-    code, _, err = run("stack", photo, "hide", 1, *MODEL, capsys=capsys)
-    assert code == 2 and "is no session" in err[-1]
+    for path in (photo, "none.canvas"):
+        code, _, err = run("stack", path, "hide", 1, *MODEL, capsys=capsys)
+        assert code == 2 and "is no session" in err[-1]

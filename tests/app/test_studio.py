@@ -136,6 +136,7 @@ def test_before_there_is_a_picture_everything_else_is_refused(editor):
         with pytest.raises(CanvasError, match="open one"):
             action()
     assert "Open a picture" in visitor.picture_html(session) and visitor.tree_html(session.canvas) == ""
+    assert stack_html(session) == "" and session.suggestions() == []
 
 
 def test_a_bad_upload_is_told_by_its_name_and_harms_nothing(session, tmp_path):
@@ -160,7 +161,13 @@ def test_a_saved_canvas_goes_on(session, editor, tmp_path):
     other = Visitor(editor)
     assert other.open(str(path)) == "scene3.canvas is open"
     assert other.canvas.at == 1 and [s.instruction for s in other.canvas.states[1:]] == ["make it night", "make it day"]
-    assert other.name == "scene3"
+    assert other.name == "scene3" and other.view() == other.canvas.image
+    assert "aspect-ratio:64/64" in visitor.picture_html(other)
+    assert "where you painted" in edit(other, "make it day", painted((0, 0, 32, 64)))
+    url = "data:;base64," + base64.b64encode(data).decode()
+    for bad, told in ((url, "this is no picture"), ("data:;base64,@@", "data URL"), ("/etc/passwd", "data URL")):
+        with pytest.raises(ImageError, match=told):
+            other.open_url(bad)
     stranger = Visitor(emilie_min.load("random", "toy", device="cpu"))
     assert "goes on with" in stranger.open(str(path))  # a note, not an error
 
@@ -244,8 +251,10 @@ def test_in_a_crop_and_back(visit):
     assert "a new crop, 150x150 px at 0,0" in told and session.photo.box == (0, 0, 150, 150)
     moved = (np.asarray(saved(session)) != photo).any(-1)
     assert moved[:50, :50].mean() > 0.5 and not moved[50:].any() and not moved[:, 50:].any()
+    assert "Undo leads back" not in stack_html(session)  # nothing was edited before it
     assert "goes on in the crop" in edit(session, "make it day", painted((8, 8, 16, 16)), crop=True)
     assert "back to the whole picture" in edit(session, "make it night") and session.photo.box == (0, 0, 400, 300)
+    assert "Undo leads back" in stack_html(session)
     for _ in range(3):
         session.undo()
     assert np.array_equal(saved(session), photo)
@@ -277,6 +286,10 @@ def test_regions_wait_for_the_edit_and_go_in_one_pass(session):
     assert session.regions == []
     session.add_region("make it night", painted((0, 0, 32, 32)))
     assert session.clear_regions() == "No region is waiting" and session.regions == []
+    for _ in range(visitor.REGIONS):
+        session.add_region("make it night", painted((0, 0, 32, 32)))
+    with pytest.raises(MaskError, match="waiting already"):
+        session.add_region("make it night", painted((0, 0, 32, 32)))
 
 
 def test_a_region_keeps_the_settings_that_were_set_when_it_was_added(session):
@@ -338,6 +351,11 @@ def test_steps_can_be_looked_at(session):
 
 
 # ---- starting
+
+
+def test_a_port_that_is_none_is_told():
+    with pytest.raises(EmilieError, match="choose another --port"):
+        studio.listen(port=99999)
 
 
 def test_a_port_that_is_taken_is_told(editor):

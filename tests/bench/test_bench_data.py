@@ -138,7 +138,11 @@ FAULTS = {  # a change to the second line, and what must be said of it
     given(truth={**SCENE.to_dict(), "ground": "lava"}): "truth: is no scene",
     given(truth={**SCENE.to_dict(), "sky": "blue"}): "truth: is no scene",
     given(truth={**SCENE.to_dict(), "objects": SCENE.to_dict()["objects"][:1] * 2}): "truth: is no scene",
-    given(truth=replace(SCENE, objects=(replace(SCENE.objects[0], dx=9),)).to_dict()): "truth: is no scene",
+    given(truth=replace(SCENE, style="fog").to_dict()): "truth: is no scene",
+    **{
+        given(truth=replace(SCENE, objects=(replace(SCENE.objects[0], **wrong),)).to_dict()): "truth: is no scene"
+        for wrong in ({"dx": 9}, {"dy": 0.5}, {"shape": "cube"}, {"colour": "beige"})
+    },
     given(image="a" * 10**6): "image: there is no file aaa",
     given(image="\x1b[31m.png"): "image: there is no file ?[31m.png",
     given(id="\x1b[31m" * 10**5): "id must be of letters",
@@ -216,9 +220,9 @@ def test_no_benchmark_at_all(tmp_path):
     assert "is not in UTF-8 (byte 8)" in refused(data.read, tmp_path)
 
 
-def test_reading_needs_no_torch():
-    code = "import sys, emilie_min.bench.readers, emilie_min.bench.report; from emilie_min.bench.cli import which; "
-    code += "which(None, None, '', ''); print('torch' in sys.modules)"
+def test_reading_and_checking_need_no_torch(bench):
+    code = "import sys, emilie_min.bench.readers, emilie_min.bench.report; from emilie_min.bench import cli, data; "
+    code += f"cli.which(None, None, '', ''); data.check({str(bench)!r}); print('torch' in sys.modules)"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert out.stdout.strip() == "False"
@@ -274,7 +278,10 @@ def test_nothing_half_written_remains(tmp_path):
     assert f"{tmp_path}/out/bench.jsonl:1: turns[0].mask: the mask has 32x32 px" in message
     assert "line 1 too" in refused(data.write, tmp_path / "out", [items[0], items[0]])
     assert "an id must be of letters" in refused(data.write, tmp_path / "out", [replace(items[0], id="../up")])
-    assert "has no items" in refused(data.write, tmp_path / "out", [])
+    assert "there is no item to put into it" in refused(data.write, tmp_path / "out", [])
+    with pytest.raises(BenchError) as told:
+        data.write(tmp_path / "out", [small, replace(small, id="second")])
+    assert [line.partition(": ")[0] for line in told.value.lines] == [f"{tmp_path}/out/bench.jsonl:{n}" for n in (1, 2)]
     assert "cannot be written" in refused(data.write, tmp_path / "out", [replace(items[0], meta={"by": "\ud800"})])
     with pytest.raises(KeyboardInterrupt):
         data.write(tmp_path / "out", interrupted(tmp_path))
@@ -446,6 +453,14 @@ def editbench(tmp_path):
     return source
 
 
+def test_what_is_longer_than_any_benchmark_is_not_read(bench, tmp_path):
+    with open(tmp_path / "huge", "wb") as file:
+        file.truncate(2**28 + 1)
+    (tmp_path / "huge").replace(bench / "bench.jsonl")
+    with pytest.raises(BenchError, match="longer than 256 MB"):
+        data.read(bench)
+
+
 @pytest.mark.parametrize("polarity", readers.POLARITIES)
 def test_editbench_is_read_with_the_polarity_that_is_given(tmp_path, editbench, polarity):
     out = tmp_path / "out"
@@ -471,8 +486,8 @@ def test_editbench_faults(tmp_path, editbench):
         return refused(readers.import_, "editbench", editbench, tmp_path / "out", **options)
 
     white = {"polarity": "white-is-edit"}
-    assert "polarity must be white-is-edit or black-is-edit, not None" in told(polarity=None)
-    assert "polarity must be white-is-edit or black-is-edit, not 'auto'" in told(polarity="auto")
+    assert told(polarity=None).endswith("--polarity white-is-edit or black-is-edit")
+    assert "--polarity white-is-edit or black-is-edit, not 'auto'" in told(polarity="auto")
     assert "prompt must be one of mask-simple, mask-rich, full" in told(**white, prompt="rich")
     assert "which must be of natural, generated, not photos" in told(**white, which=("photos",))
     box((32, 32)).save(editbench / "masks_generated/color generated.png")

@@ -4,7 +4,7 @@ import shutil
 import socket
 import sys
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,7 +158,7 @@ def test_pictures_and_masks_that_do_not_fit_are_refused():
             measure(a, a, np.zeros((32, 32), np.uint8))
     with pytest.raises(MaskError, match="float64"):
         psnr(a, a, np.zeros((64, 64)))
-    for bad in (a / 255, a[..., 0], "picture.png"):
+    for bad in (a / 255, a[..., 0], np.dstack([a, a[..., 0]]), "picture.png"):
         with pytest.raises(ImageError, match="uint8 array"):
             psnr(a, bad)
     with pytest.raises(ImageError, match="11 px a side"):
@@ -172,6 +172,15 @@ def test_lpips_is_asked_for_or_not_imported():
     with pytest.raises(BenchError, match="pip install lpips"):
         LpipsScorer()
     assert not {"lpips", "torchvision"} & set(sys.modules)
+
+
+def test_what_scores_lack_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=lambda **_: 1 / 0))
+    with pytest.raises(BenchError, match="LPIPS cannot be loaded, go online once"):
+        LpipsScorer()
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(BenchError, match="PSNR and SSIM need scikit-image"):
+        psnr(noise(0), noise(1))
 
 
 def test_lpips_sees_the_same_pixels_under_the_mask(monkeypatch):
@@ -512,6 +521,7 @@ def test_a_model_that_cannot_be_had_is_one_line(clip_folder, blip_folder, no_net
         ClipScorer(clip_folder, "cuda:99")
     with pytest.raises(BenchError, match="does not hold a CLIPModel"):
         ClipScorer(tmp_path)
+    assert not metrics.is_blip2(tmp_path)
     with pytest.raises(BenchError, match="CLIPModel"):
         ClipScorer(blip_folder)
     half = shutil.copytree(clip_folder, tmp_path / "half")

@@ -9,7 +9,9 @@ import json
 import math
 import re
 import shutil
+import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -372,6 +374,8 @@ def test_a_damaged_run_is_one_line(copy, monkeypatch, capsys):
     assert "seeds is empty" in refused(copy / "run.json", {"seeds": []})
     at = copy / "edits" / slug(IP2P) / "0" / "0002"
     assert "seconds must be a whole number or a number, not '1.5'" in refused(at / "1.json", {"seconds": "1.5"})
+    Image.new("RGB", (32, 48)).save(at / "1.png")
+    assert "0002: its pictures have different sizes: remove this folder" in refused(at / "1.json", {})
     (at / "1.png").write_bytes(b"\x89PNG")
     assert "1.png cannot be read as a picture" in refused(at / "1.json", {})
 
@@ -402,6 +406,19 @@ def test_scorers_are_loaded_once_and_only_if_need_be(copy, monkeypatch):
     assert {(e["clip"], e["direction"], e["clip_image"]) for e in rows} == {("0.25", "0.75", "0.5")}
     with pytest.raises(BenchError, match="give a CLIP model too"):
         report(read_run(copy), blip="a/model")
+    monkeypatch.setattr("emilie_min.bench.report.measure", lambda run, scorers, device: pytest.fail(str(scorers)))
+    with pytest.raises(pytest.fail.Exception, match="'blip': 'b/model'"):
+        report(read_run(copy), clip="a/model", blip="b/model")
+
+
+def test_what_a_report_lacks_is_named(monkeypatch):
+    from emilie_min.bench import page
+    from emilie_min.bench.report import curves
+
+    for package, needs in (("matplotlib", lambda: curves(None, "", [], "")), ("jinja2", page._environment.__wrapped__)):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(BenchError, match=rf"need {package}: pip install"):
+            needs()
 
 
 def test_evenly_spaced():
@@ -490,6 +507,8 @@ def test_studies_that_cannot_be(folder, keyed, tmp_path):
     ):
         with pytest.raises(BenchError, match=says):
             study(run, tmp_path / "other", **options)
+    with pytest.raises(BenchError, match="has no item that all of"):
+        study(replace(run, info=run.info | {"seeds": [99]}), tmp_path / "other")
     before = keyed[1].read_bytes()
     with pytest.raises(BenchError, match="is there already"):
         study(run, keyed[0].parent)

@@ -10,8 +10,9 @@ from importlib.metadata import PackageNotFoundError
 import numpy as np
 import pytest
 import torch
+from command import run as command
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 import emilie_min as emilie
 from emilie_min.app import cli
@@ -204,8 +205,13 @@ def test_a_method_of_ones_own_comes_from_a_file(mine, tmp_path):
     (tmp_path / "broken.py").write_text("import nothing_of_that_name")
     with pytest.raises(BenchError, match="cannot be run: ModuleNotFoundError"):
         parse(f"{tmp_path / 'broken.py'}:Mine")
-    with pytest.raises(BenchError, match="has no class Other"):
-        parse(f"{tmp_path / 'mine.py'}:Other")
+    others = "from emilie_min.methods.base import Method\nOther = 3\nclass Plain: pass\nclass Bare(Method): pass\n"
+    (tmp_path / "others.py").write_text(others)
+    for name in ("None", "Other", "Plain", "Bare"):
+        with pytest.raises(BenchError, match=f"has no class {name}"):
+            parse(f"{tmp_path / 'others.py'}:{name}")
+    with pytest.raises(BenchError, match="name the class behind the file"):
+        parse(f"{tmp_path / 'mine.py'}:strength=0.5")
 
 
 # ---- runs
@@ -272,6 +278,33 @@ def test_a_killed_run_goes_on_without_redoing_or_losing_an_edit(bench, mine, tmp
         go(out)
         assert files(out) == files(tmp_path / "whole")
         assert {path: path.stat().st_mtime_ns for path in half} == half
+
+
+@pytest.mark.parametrize("signed", [True, False])  # False: of a run of before, whose records have no digests
+def test_a_damaged_turn_is_told_and_never_gone_on_from(bench, tmp_path, signed):
+    out = tmp_path / "run"
+    run(bench, ["emilie"], out, [0], RANDOM, steps=1)
+    folder = out / "edits/emilie/0/0001"
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    latent = load_file(folder / "1.safetensors")["latent"]
+    flipped = bytearray(whole[folder / "1.safetensors"])
+    flipped[-1] ^= 1
+    Image.new("RGB", (32, 32)).save(tmp_path / "small.png")
+    odd = [{"other": latent}, {"latent": latent[..., :8].clone()}, {"latent": latent.int()}, {"latent": latent / 0}]
+    ways = {"1.png": [(tmp_path / "small.png").read_bytes()], "1.safetensors": [b"", *map(save, odd)]}
+    ways = {"1.safetensors": [bytes(flipped), None]} if signed else ways
+    for name, spoilt in [(name, one) for name, each in ways.items() for one in each]:
+        for path, content in whole.items():
+            path.write_bytes(content)
+        (folder / "2.json").unlink()
+        if not signed:
+            record = json.loads((folder / "1.json").read_text())
+            assert record.pop("files").keys() <= {"1.png", "1.safetensors", "1_mask.png"}
+            (folder / "1.json").write_text(json.dumps(record))
+        (folder / name).unlink() if spoilt is None else (folder / name).write_bytes(spoilt)
+        with pytest.raises(BenchError, match=r"0001: turn 1 is damaged .*remove this folder") as told:
+            run(bench, ["emilie"], out, [0], RANDOM, steps=1)
+        assert "\n" not in str(told.value) and not (folder / "2.json").exists()
 
 
 def test_shards_give_what_one_process_gives(bench, tmp_path):
@@ -342,8 +375,14 @@ def test_a_benchmark_that_changed_is_told(tmp_path):
         run(tmp_path / "bench", ["ip2p"], tmp_path / "run", [0], RANDOM, steps=1)
     with pytest.raises(BenchError, match="run.json cannot be read"):
         read_run(tmp_path)
-    with pytest.raises(BenchError, match="one method and one seed"):
-        run(tmp_path / "bench", ["ip2p"], tmp_path / "run", [], RANDOM)
+    for methods, seeds in ((["ip2p"], []), ([], [0])):
+        with pytest.raises(BenchError, match="one method and one seed"):
+            run(tmp_path / "bench", methods, tmp_path / "run", seeds, RANDOM)
+    for shard in ((0, 2), (3, 2)):
+        with pytest.raises(BenchError, match="give i/n with i from 1 to n"):
+            run(tmp_path / "bench", ["ip2p"], tmp_path / "run", [0], RANDOM, shard)
+    with pytest.raises(BenchError, match="have the same name"):
+        run(tmp_path / "bench", ["ip2p", "ip2p"], tmp_path / "run", [0], RANDOM)
 
 
 @pytest.mark.parametrize(
@@ -401,10 +440,10 @@ def test_torchrun_and_shard_split_the_work():
     assert which_shard("2/5", {"RANK": "0", "WORLD_SIZE": "1"}) == (2, 5)
     with pytest.raises(BenchError, match="both split the work"):
         which_shard("1/2", {"RANK": "0", "WORLD_SIZE": "2"})
-    for text in ("0/2", "3/2", "1", "a/b", "1/"):
+    for text in ("0/2", "3/2", "1", "a/2", "1/b", "1/"):
         with pytest.raises(BenchError, match="give I/N"):
             which_shard(text, {})
-    for environ in ({"WORLD_SIZE": "x"}, {"WORLD_SIZE": "2", "RANK": "2"}, {"RANK": "\x1b"}):
+    for environ in ({"WORLD_SIZE": "x"}, {"WORLD_SIZE": "2", "RANK": "2"}, {"RANK": "-1"}, {"RANK": "\x1b"}):
         with pytest.raises(BenchError, match="as torchrun sets them"):
             which_shard(None, environ)
 
@@ -477,13 +516,21 @@ def test_a_run_needs_no_metadata_of_an_installed_package(bench, tmp_path, monkey
         (["--methods", "emily"], "no method 'emily'"),
         (["--seeds", "one"], "give whole numbers"),
         (["--shard", "3/2"], "give I/N"),
+        (["--steps", "0"], "whole number from 1 to 10000"),
+        (["--steps", "10001"], "whole number from 1 to 10000"),
+        (["--steps", "x"], "whole number from 1 to 10000"),
         (["--weights", "there_is_none.safetensors"], "no weights at"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, bench, tmp_path, capsys):
-    assert cli.main(["bench", "run", str(bench), "--out", str(tmp_path / "run"), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and message in error
+    code, _, err = command("bench", "run", bench, "--out", tmp_path / "run", *arguments, capsys=capsys)
+    assert code == 2 and len(err) == 1 and message in err[0]
+
+
+@pytest.mark.parametrize("setting", ["guidance", "guidance=", "guidance= , "])
+def test_values_to_try_have_a_name(setting, tmp_path, capsys):
+    code, _, err = command("bench", "tune", tmp_path / "out", "--setting", setting, capsys=capsys)
+    assert code == 2 and len(err) == 1 and "give a name and values" in err[0]
 
 
 def test_tuning_chooses_by_pictures_right_on_scenes_of_its_own(mine, tmp_path, monkeypatch):
@@ -497,6 +544,8 @@ def test_tuning_chooses_by_pictures_right_on_scenes_of_its_own(mine, tmp_path, m
     of = record["methods"][str(mine)]
     assert set(of["tried"]) == {"strength=0", "strength=3"} and of["chosen"] in of["tried"]
     assert tune.SEED != 0  # that of every committed benchmark
+    with pytest.raises(BenchError, match="has 2 scenes and not 3"):
+        tune.tune(tmp_path / "out", [str(mine)], tried, scenes=3)
     with pytest.raises(BenchError, match="nothing to choose"):
         tune.tune(tmp_path / "none", [f"{mine}:strength=1"], {"strength": ("0",)}, scenes=2)
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import emilie_min as emilie
 from emilie_min import sampling
-from emilie_min.canvas import images
+from emilie_min.canvas import images, where
 from emilie_min.canvas.canvas import SAMPLERS
 from emilie_min.canvas.settings import Settings
 from emilie_min.config import GATES
@@ -310,9 +310,18 @@ def test_bad_edits_change_nothing(canvas, edit, error):
 
 def test_numbers_that_are_not_finite(editor, canvas, monkeypatch):
     monkeypatch.setattr(editor, "denoise", lambda x, *_: x * float("nan"))
-    with pytest.raises(SamplingError, match="not finite"):
+    with pytest.raises(SamplingError, match="the sampled latent is not finite"):
         canvas.edit(NIGHT, **FAST)
     assert canvas.history == []
+    monkeypatch.setattr(editor, "encode", lambda x: torch.full((1, 4, 8, 8), float("nan")))
+    with pytest.raises(SamplingError, match="encoding the picture"):
+        emilie.open(world.render(world.scene(0)), editor)
+
+
+def test_nothing_is_no_instruction_to_look_for(canvas):
+    for text in ("", " "):
+        with pytest.raises(InstructionError):
+            where.differences(canvas, text)
 
 
 def test_out_of_memory_says_what_to_lower(editor, canvas, monkeypatch):

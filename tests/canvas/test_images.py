@@ -26,8 +26,11 @@ def test_working_size_is_the_originals():
 
 def test_native_size_rounds_down():
     assert images.fit_size((641, 480), "native", 64) == (640, 448)
-    with pytest.raises(ImageError, match="give a resolution"):
-        images.fit_size((40, 400), "native", 64)
+    for narrow in ((40, 400), (400, 40)):
+        with pytest.raises(ImageError, match="give a resolution"):
+            images.fit_size(narrow, "native", 64)
+    with pytest.raises(ImageError, match="resolution in px"):
+        images.near_size((400, 400), "native", 64)
 
 
 @pytest.mark.parametrize("resolution", [0, -64, 32, 1.5, "big"])
@@ -53,7 +56,8 @@ def test_arrays():
     assert images.read_image(array).tobytes() == picture.tobytes()
     assert images.read_image(array / 255.0).tobytes() == picture.tobytes()
     assert images.read_image(array[..., 0]).mode == "RGB"
-    for bad in (array.astype(np.int64), array[..., :2], array.astype(float), np.full((32, 32), np.nan), array[None]):
+    kinds = [array.astype(np.int64), array.astype(float), array / 255.0 - 0.1, np.full((32, 32), np.nan)]
+    for bad in (*kinds, array[..., :2], array[None], array[:0]):
         with pytest.raises(ImageError, match="array"):
             images.read_image(bad)
     with pytest.raises(ImageError, match="not list"):
@@ -77,7 +81,7 @@ def test_unreadable_pictures(tmp_path, monkeypatch):
     with pytest.raises(ImageError, match="too small"):
         images.read_image(gradient(200, 15))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ImageError, match="too large"):
+    with pytest.raises(ImageError, match=f"^{tmp_path}/whole.png is too large"):
         images.read_image(tmp_path / "whole.png")
     with pytest.raises(ImageError, match="lower the resolution"):
         images.fit_size((9000, 9000), "native", 64)
@@ -141,10 +145,19 @@ def test_a_native_mask_is_cropped_as_its_picture_is():
     assert mask.getbbox() == (65, 25, 75, 35)
 
 
-@pytest.mark.parametrize("box", [(0, 0, 0, 5), (5, 5, 2, 8), (0, 0, 65, 5), (-1, 0, 5, 5), (1, 2, 3), (0.5, 0, 5, 5)])
+OUTSIDE = [(0, 0, 65, 32), (0, 0, 32, 65), (-1, 0, 32, 32), (0, -1, 32, 32), (40, 0, 20, 32), (0, 40, 32, 20)]
+
+
+@pytest.mark.parametrize("box", [*OUTSIDE, (0, 0, 0, 5), (0, 5, 9, 5), (1, 2, 3), (0.5, 0, 5, 5)])
 def test_bad_boxes(box):
     with pytest.raises(MaskError, match="box"):
         images.read_mask(box, (64, 64), (64, 64))
+
+
+@pytest.mark.parametrize("part", [*OUTSIDE, (0, 0, 15, 32), (0, 0, 32, 15), (1, 2, 3), (0.5, 0, 32, 32), "all", None])
+def test_bad_parts(part):
+    with pytest.raises(ImageError, match="part"):
+        images.read_part(part, (64, 64))
 
 
 def test_bad_masks(tmp_path):

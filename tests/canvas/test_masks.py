@@ -153,6 +153,17 @@ def test_alpha_that_says_the_opposite_is_refused():
         read(rubbed_out(both, alpha))
 
 
+def test_a_little_hidden_white_says_nothing():
+    dark = Image.new("L", (N, N))
+    for box, value in (((40, 0, 59, 11), 22), ((8, 8, 11, 12), 255), ((8, 40, 13, 49), 255)):
+        ImageDraw.Draw(dark).rectangle(box, fill=value)
+    dark.paste(60, (30, 20, 40, 40))
+    alpha = Image.new("L", (N, N), 255)
+    ImageDraw.Draw(alpha).rectangle((8, 40, 13, 49), fill=0)
+    found, notes = read(rubbed_out(dark, alpha))
+    assert found[10, 10] and not found[45, 10] and any("white where it is transparent, too" in note for note in notes)
+
+
 def test_half_hidden_white_is_told():
     alpha = Image.new("L", (N, N), 255)
     ImageDraw.Draw(alpha).rectangle((16, 16, 27, 47), fill=0)

@@ -155,8 +155,12 @@ def test_crops_lie_in_the_photo_and_hold_the_mask():
 
 def test_what_cannot_be_cropped_is_told(many, editor):
     photo = open_photo(many[0], editor)
-    with pytest.raises(MaskError, match="make the crop larger"):
-        photo.aim([(0, 0, 40, 40)], box=(0, 0, 32, 32))
+    for box in ((50, 0, 200, 200), (0, 50, 200, 200), (0, 0, 70, 200), (0, 0, 200, 70)):
+        with pytest.raises(MaskError, match="make the crop larger"):
+            photo.aim([(40, 40, 80, 80)], box=box)
+    grey = open_photo(Image.new("RGB", (64, 64), "grey"), editor)
+    with pytest.raises(CanvasError, match="on another picture"):
+        Photo(Image.new("RGB", (128, 128), "grey"), grey.canvas)
     with pytest.raises(CanvasError, match="needs a mask"):
         photo.aim([None])
     assert photo.canvas.at == 0 and photo.box == (0, 0, 256, 256)

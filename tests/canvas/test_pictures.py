@@ -146,18 +146,18 @@ def test_grey_with_a_grey_profile():
 
 
 @pytest.mark.parametrize(
-    ("image", "icc"),
+    ("image", "icc", "why"),
     [
-        (Image.fromarray(SCENE), b"junk"),
-        (Image.fromarray(SCENE), profile(space=b"GRAY")),
-        (Image.fromarray(SCENE).convert("CMYK"), profile()),
-        (Image.fromarray(SCENE), profile()[:200]),
+        (Image.fromarray(SCENE), b"junk", ""),
+        (Image.fromarray(SCENE), profile(space=b"GRAY"), "it is for GRAY and the picture is RGB"),
+        (Image.fromarray(SCENE).convert("CMYK"), profile(), "it is for RGB and the picture is CMYK"),
+        (Image.fromarray(SCENE), profile()[:200], ""),
     ],
 )
-def test_a_profile_that_cannot_be_used_is_told(image, icc):
+def test_a_profile_that_cannot_be_used_is_told(image, icc, why):
     image.info["icc_profile"] = icc
     result, notes = told(images.read_image, image)
-    assert len(notes) == 1 and "profile that cannot be used" in notes[0]
+    assert len(notes) == 1 and f"profile that cannot be used ({why}" in notes[0]
     assert off(result, SCENE) <= 3
 
 
@@ -193,6 +193,17 @@ def test_png_gamma():
     info.add(*Gamma.chunks[0][:2])
     image = images.read_image(encoded(Image.fromarray(linear), pnginfo=info))
     assert np.abs(np.asarray(image)[..., 0] - GREY * 1.0).mean() < 4
+
+
+def test_other_primaries_are_told():
+    from PIL.PngImagePlugin import PngInfo
+
+    def read(red: int) -> list[str]:
+        info = PngInfo()
+        info.add(b"cHRM", struct.pack(">8I", 31270, 32900, red, 33000, 30000, 60000, 15000, 6000))
+        return told(images.read_image, encoded(Image.fromarray(SCENE), pnginfo=info))[1]
+
+    assert read(64000) == [] and ["cHRM" in note for note in read(68000)] == [True]
 
 
 def test_masks_are_not_converted():
@@ -268,7 +279,9 @@ def test_what_is_assumed_is_told(values, words, white):
     "values",
     [
         np.where(GREY > 100, np.nan, 0.5).astype("<f4"),
-        np.full((32, 32), np.inf, "<f4"),
+        np.where(GREY > 100, np.inf, 0.5).astype("<f4"),
+        np.where(GREY > 100, -np.inf, 0.5).astype("<f4"),
+        GREY.astype("<f4") * 400,
         GREY.astype("<f4") - 128,
         GREY.astype("<i4") * 3000,
         GREY.astype("<f4") / 12,
@@ -300,11 +313,32 @@ def test_other_tiffs_by_tifffile_or_told(values, photometric, meant, monkeypatch
     assert not notes and off(image, meant) <= 1
 
 
-def test_deep_planes():
-    tifffile = pytest.importorskip("tifffile")
+def by_tifffile(values: np.ndarray, **options) -> bytes:
     file = io.BytesIO()
-    tifffile.imwrite(file, SCENE.transpose(2, 0, 1).astype(np.uint16) * 257, photometric="rgb", planarconfig="separate")
-    assert off(images.read_image(file.getvalue()), SCENE) == 0
+    pytest.importorskip("tifffile").imwrite(file, values, **options)
+    return file.getvalue()
+
+
+def test_deep_planes():
+    planes = SCENE.transpose(2, 0, 1).astype(np.uint16) * 257
+    assert off(images.read_image(by_tifffile(planes, photometric="rgb", planarconfig="separate")), SCENE) == 0
+
+
+def test_what_tifffile_reads_is_looked_at_too(monkeypatch):
+    image, notes = told(images.read_image, by_tifffile(np.stack([GREY / 255.0] * 2), photometric="minisblack"))
+    assert off(image, GREY[..., None]) == 0 and len(notes) == 1 and "2 pages" in notes[0]
+    with pytest.raises(ImageError, match="raw file"):
+        images.read_image(tiff(GREY, 32803))  # the sensor's mosaic
+    for channels in (2, 5):  # fewer than colours, and more than colours and alpha
+        data = tiff(np.zeros((32, 32, channels)), 2)
+        with pytest.raises(ImageError, match="of a kind that is not read"):
+            images.read_image(data)
+    wide = tiff(np.zeros((2, 70000)))
+    with pytest.raises(ImageError, match="longer than 65535"):
+        images.read_image(wide)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(ImageError, match="too large"):
+        images.read_image(tiff(GREY / 255.0))
 
 
 # ---- transparency
@@ -425,11 +459,21 @@ def test_sizes_are_looked_at_before_pixels(monkeypatch):
     wide = tiff(np.zeros((2, 70000), np.uint8))
     with pytest.raises(ImageError, match="longer than 65535"):
         images.read_image(wide)
-    bomb = png16(np.zeros((4, 4, 1)))
-    bomb = bomb[:16] + struct.pack(">II", 60000, 60000) + bomb[24:]
-    bomb = bomb[:29] + struct.pack(">I", zlib.crc32(bomb[12:29])) + bomb[33:]
-    with pytest.raises(ImageError, match="too large"):
-        images.read_image(bomb)
+    for side, why in ((60000, "too large"), (5000, "which no photo has")):
+        bomb = png16(np.zeros((4, 4, 1)))
+        bomb = bomb[:16] + struct.pack(">II", side, side) + bomb[24:]
+        bomb = bomb[:29] + struct.pack(">I", zlib.crc32(bomb[12:29])) + bomb[33:]
+        with pytest.raises(ImageError, match=why):
+            images.read_image(bomb)
+
+
+def test_a_picture_that_does_not_fit_in_memory_is_told(monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", full)
+    with pytest.raises(ImageError, match="memory"):
+        images.read_image(png16(np.zeros((4, 4, 1))))
 
 
 def test_a_source_may_be_bytes_a_path_or_a_name(tmp_path):
@@ -443,6 +487,13 @@ def test_a_note_points_at_who_called():
     with pytest.warns(UserWarning) as caught:
         images.read_image(Image.new("LA", (32, 32)))
     assert [w.filename for w in caught] == [__file__]
+
+
+def test_without_littlecms_pictures_are_written_all_the_same(monkeypatch):
+    pictures.srgb_profile.cache_clear()
+    monkeypatch.setattr(ImageCms, "createProfile", lambda *_: 1 / 0)
+    assert pictures.srgb_profile() is None
+    pictures.srgb_profile.cache_clear()
 
 
 def test_the_written_profile_is_always_the_same():

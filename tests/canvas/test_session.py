@@ -19,6 +19,7 @@ import pytest
 import torch
 from pseudo import DATA
 from safetensors import safe_open
+from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 
 import emilie_min as emilie
@@ -145,7 +146,9 @@ def test_settings_that_this_version_does_not_know_are_kept(editor, canvas, tmp_p
     old = emilie.open(path, editor)
     assert [state.regions for state in old.states] == [[], []] and old.state.instruction == NIGHT
     old.save(path)
-    assert emilie.open(path, editor).state.settings == about["states"][1]["settings"]
+    again = emilie.open(path, editor)
+    assert again.state.settings == about["states"][1]["settings"]
+    assert again.change("hide", 1).tobytes() == canvas.states[0].image.tobytes()
     assert old.edit([(DAY, LEFT), (NIGHT, RIGHT)], **FAST) == canvas.edit([(DAY, LEFT), (NIGHT, RIGHT)], **FAST)
 
 
@@ -155,6 +158,7 @@ def test_what_is_no_session(editor, canvas, tmp_path):
     for none in (path, folder):
         with pytest.raises(CanvasError, match="no canvas at"):
             emilie.open(none, editor)
+    assert not session.is_session(tmp_path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(CanvasError, match="no canvas of this version"):
         emilie.open(path, editor)
@@ -177,7 +181,7 @@ def test_a_session_is_told_by_what_it_holds_and_keeps_its_seed_and_size(editor, 
     canvas.save(tmp_path / "c.canvas")
     (tmp_path / "c.canvas").rename(tmp_path / "named otherwise")
     assert emilie.open(tmp_path / "named otherwise", editor).seed == 5
-    for more in ({"seed": 5}, {"resolution": 64}):
+    for more in ({"seed": 5}, {"resolution": 64}, {"part": (0, 0, 32, 32)}):
         with pytest.raises(CanvasError, match="leave them out"):
             emilie.open(tmp_path / "named otherwise", editor, **more)
 
@@ -237,13 +241,24 @@ def spoiled(about: dict, tensors: dict) -> dict[str, Callable]:
         ways[f"root's {key} {value!r}"] = put(states[0], key, value)
     for key, value in (("steps", 2.5), ("gate", "wall"), ("soft", 1), ("text_scale", "7"), ("keep_background", "no")):
         ways[f"setting {key} {value!r}"] = put(last["settings"], key, value)
+    for key in ("own", "scrubbed", "strength", "depth", "made", "inserted"):  # which are left out
+        ways[f"{key} null"] = put(last["settings"] if key in ("own", "scrubbed") else last, key, None)
     ways["a state twice"] = lambda: states.append(states[1])
     ways["a state less"] = lambda: states.pop()
     ways["a region twice"] = lambda: states[1]["regions"].append(states[1]["regions"][1])
     ways["a region less"] = lambda: states[1]["regions"].pop()
     ways["regions exchanged"] = lambda: states[1]["regions"].reverse()
+    ways["regions without masks"] = lambda: [tensors.pop(f"1.{key}") for key in ("mask", "mask.0", "mask.1")]
+    ways["own settings of one region of two"] = put(states[1]["settings"], "own", [{}])
+    for strength in (-0.5, 1.5):
+        ways[f"a strength of {strength}"] = put(last, "strength", strength)
+    ways["made from nothing"] = put(
+        last, "made", {"change": "hide", "edit": 1, "way": "support", "from": "none", "calls": 0}
+    )
+    ways["scrubbed from nothing"] = put(last["settings"], "scrubbed", {"step": 1, "of": "none"})
     ways["a field too many"] = put(last, "mood", "calm")
     ways["a tensor too many"] = put(tensors, "2.mask.0", tensors["1.mask"].clone())
+    ways["a latent too many"] = put(tensors, "2.more", tensors["2.latent"].clone())
     ways["a mask of the picture"] = put(tensors, "0.mask", tensors["1.mask"].clone())
     ways["no state has it"] = put(tensors, "7.mask", tensors["1.mask"].clone())
     ways["a small mask"] = put(tensors, "2.mask", tensors["2.mask"][:32].clone())
@@ -255,6 +270,8 @@ def spoiled(about: dict, tensors: dict) -> dict[str, Callable]:
     for at, data in ((0, whole), (2, longer), (2, cut), (2, b"none"), (2, whole + b"more")):
         packed = torch.frombuffer(bytearray(data), dtype=torch.uint8)[None]
         ways[f"a photo's mask of {at}: {data!r}"] = put(tensors, f"{at}.given", packed)
+    packed = torch.frombuffer(bytearray(whole), dtype=torch.uint8)[:, None]
+    ways["a photo's mask in rows"] = put(tensors, "2.given", packed)
     for key in ("2.latent", "z_init", "z_img"):
         for value in (math.inf, math.nan):
             ways[f"{key} {value}"] = lambda key=key, value=value: tensors[key][0, 1, 2].fill_(value)
@@ -286,6 +303,49 @@ def test_a_spoiled_record_is_refused_and_never_rewritten(editor, edited, tmp_pat
     assert tried > 100
 
 
+NO_TENSORS = {
+    "halves": torch.zeros(1, 4, 8, 8).half(),
+    "one dimension": torch.zeros(256),
+    "five dimensions": torch.zeros(1, 1, 4, 8, 8),
+}
+
+
+@pytest.mark.parametrize("name", [*NO_TENSORS, "nothing"])
+def test_what_is_no_latent_and_no_picture_is_called_so(editor, edited, tmp_path, name):
+    wrong, path = NO_TENSORS.get(name, torch.zeros(1, 0)), tmp_path / "c.canvas"
+    edited.save(path)
+    with changed(path) as db:
+        db.execute("UPDATE states SET tensors = ? WHERE number = 2", [to_bytes({"latent": wrong})])
+        resigned(db)
+    with pytest.raises(CanvasError, match="'latent' is no latent and no picture"):
+        emilie.open(path, editor)
+    if name in NO_TENSORS:
+        about, tensors = of_before(edited)
+        before(path, about, tensors | {"2.latent": wrong})
+        with pytest.raises(CanvasError, match="'2.latent' is no latent and no picture"):
+            emilie.open(path, editor)
+
+
+@pytest.mark.parametrize("states", [[], {}, 3])
+def test_no_list_of_states(editor, edited, tmp_path, states):
+    about, tensors = of_before(edited)
+    before(tmp_path / "c.canvas", about | {"states": states}, tensors)
+    with pytest.raises(CanvasError, match="no list of states"):
+        emilie.open(tmp_path / "c.canvas", editor)
+
+
+def test_another_journal_is_left_alone(editor, edited, tmp_path):
+    """SQLite would put files beside it."""
+    path = tmp_path / "c.canvas"
+    edited.save(path)
+    data = bytearray(path.read_bytes())
+    data[18:20] = b"\2\2"
+    path.write_bytes(data)
+    with pytest.raises(CanvasError, match="first page is damaged"):
+        emilie.open(path, editor)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == data
+
+
 @contextmanager
 def changed(path):
     """An SQLite database to change."""
@@ -308,6 +368,7 @@ CHANGES = {
     "a state between": "DELETE FROM states WHERE number = 1",
     "no head": "DELETE FROM head",
     "two heads": "INSERT INTO head SELECT * FROM head",
+    "others' numbers": "UPDATE states SET number = number + 10",
     "exchanged": "UPDATE states SET number = 9 - number",
     "another's record": "UPDATE states SET record = (SELECT record FROM states WHERE number = 1)",
     "another's tensors": "UPDATE states SET tensors = (SELECT tensors FROM states WHERE number = 0)",
@@ -322,6 +383,9 @@ CHANGES = {
     "a blob for an id": "UPDATE states SET id = x'00' WHERE number = 2",
     "a view": "CREATE VIEW v AS WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT x FROM c",
     "a trigger": "CREATE TRIGGER t AFTER INSERT ON states BEGIN DELETE FROM states; END",
+    "a trigger called as a table": f"""CREATE TABLE t AS SELECT * FROM head; DROP TABLE head;
+        CREATE TRIGGER head AFTER INSERT ON states BEGIN DELETE FROM states; END;
+        {session.TABLES["head"]}; INSERT INTO head SELECT * FROM t; DROP TABLE t""",
     "another table": "CREATE TABLE t (x)",
     "another column": "ALTER TABLE states ADD COLUMN x",
 }
@@ -334,13 +398,34 @@ def test_a_changed_file_is_refused_and_never_rewritten(editor, edited, tmp_path,
     edited.save(path)
     with changed(path) as db:
         db.execute("PRAGMA user_version = 2")
-        db.execute(CHANGES[name])
+        db.executescript(CHANGES[name])
         if meant and name not in ("no head", "two heads"):
             resigned(db)
     whole = path.read_bytes()
-    with pytest.raises(CanvasError):
+    with pytest.raises(CanvasError, match="larger than any picture" if name == "a large blob" else None):
         emilie.open(path, editor)
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+
+
+def test_of_what_fits_the_digests_and_the_count_tell(editor, edited, tmp_path):
+    path = tmp_path / "c.canvas"
+    for change, why in (
+        ("UPDATE head SET about = replace(about, '\"at\": 1', '\"at\": 0')", "what it says of itself is damaged"),
+        (
+            "UPDATE states SET record = replace(record, 'make it day', 'make it dim') WHERE number = 2",
+            "state 2 is damaged",
+        ),
+        ("DELETE FROM states WHERE number = 2", "states are missing"),
+    ):
+        path.unlink(missing_ok=True)
+        edited.save(path)
+        canvas = emilie.open(path, editor)
+        canvas.branch(1)
+        canvas.save(path)
+        with changed(path) as db:
+            db.execute(change)
+        with pytest.raises(CanvasError, match=why):
+            emilie.open(path, editor)
 
 
 def test_no_flipped_byte_goes_unnoticed(editor, edited, tmp_path):
@@ -382,6 +467,27 @@ def test_saving_adds_what_is_new(editor, canvas, tmp_path, monkeypatch):
     other = emilie.open(canvas.image, editor)
     other.save(path)  # another session: the file is its own now
     assert len(emilie.open(path, editor).states) == 1
+
+
+def test_a_file_that_is_held_stays_and_a_damaged_one_gives_way(editor, canvas, tmp_path, monkeypatch):
+    path = tmp_path / "c.canvas"
+    canvas.save(path)
+    whole = path.read_bytes()
+
+    def held(db):
+        raise sqlite3.OperationalError("database is locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_check_tables", held)
+        with pytest.raises(CanvasError, match="cannot write the canvas: database is locked"):
+            canvas.save(path)
+    assert path.read_bytes() == whole
+    for damaged in (session.MAGIC, whole[:100] + bytes(len(whole) - 100)):
+        path.write_bytes(damaged)
+        canvas.save(path)
+        assert len(emilie.open(path, editor).states) == 1
+    with pytest.raises(CanvasError, match="cannot write the canvas"):
+        session.start(canvas, tmp_path / "none" / "c.canvas")
 
 
 def test_two_processes_on_one_session_keep_both_edits(editor, canvas, tmp_path):

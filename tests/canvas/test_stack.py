@@ -173,6 +173,7 @@ def test_what_fails_or_is_stopped_changes_nothing(three):
         (lambda: three.retract(0), CanvasError),
         (lambda: three.retract(4), CanvasError),
         (lambda: three.retract("1"), CanvasError),
+        (lambda: three.retract(True), CanvasError),
         (lambda: three.show(1), CanvasError),
         (lambda: three.move(1, 4), CanvasError),
         (lambda: three.strength(1, 1.5), CanvasError),
@@ -319,6 +320,7 @@ def test_a_scrubbed_edit_is_saved_and_made_again_elsewhere(three, tmp_path):
     assert torch.equal(three.latent, again.latent) and three.state.made["calls"] == 4 - 1
     with pytest.raises(CanvasError, match="steps cannot change"):
         three.scrub(1, 0.5, steps=3)
-    three.edit("make it day", sampler="dpmpp_2m", **FAST)
-    with pytest.raises(CanvasError, match="euler_ancestral"):
-        three.scrub(2, 0.5, text_scale=1.1)
+    for more in ({"sampler": "dpmpp_2m"}, {"reuse": 2}, {"reuse_guidance": 0.5}):
+        three.edit("make it day", **more, **FAST)
+        with pytest.raises(CanvasError, match="euler_ancestral that reuses nothing"):
+            three.scrub(len(three.stack), 0.5, text_scale=1.1)

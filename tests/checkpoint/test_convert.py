@@ -176,6 +176,7 @@ def test_convert_refuses(small_safetensors, tmp_path, small_state):
     assert not list(tmp_path.iterdir())
     target.write_bytes(b"mine")
     assert "is there already" in refused(convert, small_safetensors, target, config=SMALL)
+    assert "no weights at" in refused(convert, tmp_path / "none.ckpt", target, config=SMALL, overwrite=True)
     assert target.read_bytes() == b"mine"
     convert(small_safetensors, target, config=SMALL, overwrite=True)
     for same_file in (target, tmp_path / "link.safetensors"):

@@ -284,6 +284,16 @@ def test_download_to_a_disk_that_fills_up(hub, tmp_path, monkeypatch):
     assert not (tmp_path / NAME).exists()
 
 
+def test_a_file_that_arrives_otherwise_than_it_was_told(hub, tmp_path, monkeypatch):
+    fetch(hub, tmp_path, tokenizer_only=True)
+
+    def short(*_, **__):
+        raise OSError("Consistency check failed: file should be of size 7 but has size 5")
+
+    monkeypatch.setattr(download, "http_get", short)
+    assert "cannot be fetched (Consistency check failed" in refused(fetch, hub, tmp_path)
+
+
 def test_download_over_a_folder(hub, tmp_path):
     (tmp_path / NAME).mkdir()
     assert "Is a directory" in refused(fetch, hub, tmp_path)

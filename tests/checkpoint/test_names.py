@@ -103,6 +103,16 @@ def test_tensors_under_another_name(state, tmp_path, name):
     torch.save({"step": 3, "optimizer": {"x": torch.ones(2)}, name: state}, tmp_path / "a.ckpt")
     editor, notes = told(load, tmp_path / "a.ckpt")
     assert len(notes) == 1 and repr(name) in notes[0] and same(editor, load(None))
+    torch.save({"step": 3, name: {"x": torch.ones(2)}}, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="no state_dict of tensors"):
+        reading.index(tmp_path / "a.ckpt")
+
+
+def test_one_tensor_under_two_names(state, tmp_path):
+    key = VAE + "decoder.mid.attn_1.q.weight"
+    save_file({**state, key.replace(".q.", ".to_q."): state[key].clone()}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="the same tensor under two names"):
+        reading.index(tmp_path / "a.safetensors")
 
 
 def test_bystanders_are_left_out_with_a_note(state, tmp_path):
@@ -382,6 +392,16 @@ def scheduled(path, kind):
 
 def test_some_other_folder(tmp_path):
     with pytest.raises(CheckpointError, match="is a folder"):
+        load(tmp_path)
+    for part, stems in names.FOLDER.items():
+        (tmp_path / part).mkdir()
+        save_file({"x": torch.ones(1)}, tmp_path / part / f"{stems[0]}.safetensors")
+    assert "does not fit" in info(tmp_path)
+    with pytest.raises(CheckpointError, match="--sha256 is of a file"):
+        info(tmp_path, sha256=True)
+    (tmp_path / "unet/diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "unet/diffusion_pytorch_model.safetensors.index.json").write_text("{")
+    with pytest.raises(CheckpointError, match="index.json cannot be read"):
         load(tmp_path)
 
 

@@ -144,6 +144,16 @@ def test_a_read_tensor_does_not_hold_the_file(tensors, tmp_path):
     assert torch.equal(out, tensors["whole"])
 
 
+def test_what_is_mapped_is_let_go(tmp_path, monkeypatch):
+    save_file({"x": torch.ones(2)}, tmp_path / "a.safetensors")
+    reader = reading.Reader(tmp_path / "a.safetensors", reading.index(tmp_path / "a.safetensors"))
+    reader.get("x", "cpu", None)
+    assert reader.files
+    monkeypatch.setattr(reading, "HELD", reader.held)
+    reader.get("x", "cpu", None)
+    assert not reader.files
+
+
 def test_a_trainers_file(tmp_path, monkeypatch):
     """Classes of packages that are not installed, as keys, as instances with state; NumPy and config values."""
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
@@ -290,6 +300,17 @@ def test_missing_misshapen_and_unknown_tensors_are_named(small_state, small_conf
     assert all(p.is_meta for network in networks.values() for p in network.parameters())  # nothing was half loaded
 
 
+def test_networks_that_no_file_can_fill(small_config, small_ckpt):
+    one, other = (torch.nn.ModuleDict({"bc": torch.nn.Identity()}) for _ in range(2))
+    one.bc.weight = other.weight = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(CheckpointError, match="share a name"):
+        reading.key_map({"unet": torch.nn.ModuleDict({"a": one, "abc": other})}, [EMA + "diffusion_modelx"])
+    networks = meta_networks(small_config)
+    networks["text"].register_buffer("table", torch.ones(1, device="meta"), persistent=False)
+    with pytest.raises(CheckpointError, match="a buffer table that this package does not know"):
+        reading.load(networks, small_ckpt, "cpu", None)
+
+
 def test_a_partial_average_is_not_filled_up_with_raw_weights(small_state, small_config, tmp_path):
     key = EMA + "diffusion_modelout2bias"
     save_file(without(small_state, key), tmp_path / "a.safetensors")
@@ -372,6 +393,9 @@ def test_nothing_in_a_pickle_is_run(marker, tmp_path, name):
 def test_what_pytorch_would_call_takes_no_memory(tmp_path):
     opcodes = value(b"c__builtin__\nbytearray\n" + b"\x8a\x05\x00\xe4\x0bT\x02" + b"\x85R")  # 10 GB
     assert "bytearray called" in refusal(with_opcodes(tmp_path / "a.ckpt", opcodes))
+    numbers = torch.frombuffer(bytearray(b"c__builtin__\nbytearray\n"), dtype=torch.uint8)
+    torch.save({"x": numbers}, tmp_path / "b.ckpt")
+    assert torch.equal(read(tmp_path / "b.ckpt")["x"], numbers)  # which may say that
 
 
 def test_a_tensor_beyond_all_memory_is_said_in_a_line(tmp_path):
@@ -413,9 +437,9 @@ def test_a_pickle_that_is_no_dict(tmp_path):
 
 
 def test_tensors_without_plain_bytes(tmp_path):
-    for tensor in (torch.eye(2).to_sparse(), torch.empty(2, device="meta")):
+    for tensor, why in ((torch.eye(2).to_sparse(), ""), (torch.empty(2, device="meta"), "a has no record of its own")):
         torch.save({"a": tensor}, tmp_path / "a.ckpt")
-        assert "refused" in refusal(tmp_path / "a.ckpt")
+        assert "refused" in (said := refusal(tmp_path / "a.ckpt")) and why in said
 
 
 def test_zip_files_by_other_tools(tensors, tmp_path):
@@ -441,7 +465,9 @@ def test_zip_files_by_other_tools(tensors, tmp_path):
     whole = path.read_bytes()
     entry = whole.rindex(b"PK\x01\x02")  # the last of the table of contents, whose record would then take 4 GB
     path.write_bytes(whole[: entry + 24] + b"\xfe\xff\xff\xff" + whole[entry + 28 :])
-    assert "refused" in refusal(path)
+    assert "compressed" in refusal(path)
+    path.write_bytes(whole[: entry + 10] + b"\x08" + whole[entry + 11 :])  # or it would be deflated to the same length
+    assert "compressed" in refusal(path)
 
 
 def test_formats_that_are_not_read(tensors, tmp_path):

@@ -374,6 +374,8 @@ BASES = {
         "--device",
         "cpu",
         "--unet-only",
+        "--parts",
+        "times",
         "--repeats",
         "1",
         "--steps",
@@ -455,7 +457,9 @@ def commands(rng: random.Random | None, folder: Path) -> Case:
         os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
-    return Case([*words, *argv], changes=("c.canvas", "s.canvas", "photo.png"), before=before, lines=25)
+    case = Case([*words, *argv], changes=("c.canvas", "s.canvas", "photo.png"), before=before, lines=25)
+    case.speaks = words == ("speed",)
+    return case
 
 
 AROUND = {make.__name__: make for make in (paths, environs, commands)}

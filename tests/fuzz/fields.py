@@ -571,7 +571,13 @@ def folders(rng: random.Random | None, folder: Path) -> Case:
         tensors = load_file(path)
         key = rng.choice(sorted(tensors))
         made = rng.choice(
-            (lambda t: t * math.nan, lambda t: t[:1], lambda t: t.double(), lambda t: t[None], lambda t: t * 1e30)
+            (
+                lambda t: t * math.nan,
+                lambda t: t.flatten()[:1],
+                lambda t: t.double(),
+                lambda t: t[None],
+                lambda t: t * 1e30,
+            )
         )
         tensors[key] = made(tensors[key]).contiguous()
         if rng.random() < 0.3:

@@ -15,7 +15,7 @@ import pytest
 
 import emilie_min as emilie
 from emilie_min.checkpoint import ready, writing
-from emilie_min.errors import EmilieError, explain_oom
+from emilie_min.errors import EmilieError, explain_oom, hushed
 
 from .judge import Case, files, full, judge, run
 from .kinds import MODEL, NIGHT, prepare
@@ -160,6 +160,36 @@ def test_names_that_no_file_can_have(option, folder):
     for value in ["b/" * 3000] if option != "--device" else ["privateuseone"]:
         short, _ = judge(Case([*EDIT, option, value]), folder)
         assert short == [], (option, value[:20])
+
+
+# ---- memory, and what is closed
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "out of memory here: wait"),
+        (RuntimeError("can't allocate memory: 9 GB"), "out of memory here: wait"),
+        (RuntimeError("shapes differ"), "shapes differ"),
+    ],
+)
+def test_memory_that_lacks_is_told_and_nothing_else_is_called_so(error, told):
+    with pytest.raises((emilie.EmilieError, RuntimeError), match=told), explain_oom("here: wait"):
+        raise error
+
+
+@pytest.mark.parametrize("descriptor", [1, 2])
+def test_what_a_library_writes_past_python_goes_nowhere(descriptor, capfd):
+    for needed in (True, False):
+        with hushed(needed, descriptor):
+            os.write(descriptor, b"inside ")
+        os.write(descriptor, b"after ")
+    assert capfd.readouterr()[descriptor - 1] == "after inside after "
+
+
+def test_a_descriptor_that_is_closed_is_not_hushed():
+    with hushed(descriptor=resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 1):
+        pass
 
 
 # ---- a system that is not POSIX

@@ -1,5 +1,6 @@
 """Object insertion: an inset and its mask, where and what, the edit, and the command with its three pictures."""
 
+import json
 import shutil
 from functools import partial
 
@@ -12,7 +13,7 @@ import emilie_min as emilie
 from emilie_min.canvas.stack import change
 from emilie_min.errors import CanvasError, CheckpointError, ImageError, InstructionError, MaskError
 from emilie_min.insert import insertion
-from emilie_min.insert.caption import Captioner
+from emilie_min.insert.caption import PARTS, Captioner, find
 from emilie_min.insert.insertion import insert, plan, read_inset
 from emilie_min.loading import shipped as shipped_file
 from emilie_min.toy import world
@@ -175,6 +176,50 @@ def test_a_blip2_that_lacks_tensors_is_refused(tmp_path):
         Captioner(lame)
 
 
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (
+            lambda config: config.pop("vision_config"),
+            r"a model of 2 GB in float16, and its weight files have 0\.0015",
+        ),
+        (lambda config: config["qformer_config"].update(num_hidden_layers=10**7), "more than 1000 layers"),
+    ],
+)
+def test_a_blip2_whose_config_is_of_a_larger_model_is_refused_before_that_is_made(change, told, tmp_path):
+    larger = shutil.copytree(BLIP2, tmp_path / "larger")
+    config = json.loads((larger / "config.json").read_text())
+    change(config)
+    (larger / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=told):
+        Captioner(larger, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (IndexError("\x1bout of\nrange"), "this BLIP-2 fails.*: \\?out of. Copy"),
+        (MemoryError(), "out of memory.*--caption"),
+    ],
+)
+def test_a_captioner_that_fails(captioner, monkeypatch, error, told):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr(captioner.model, "generate", fail)
+    with pytest.raises(emilie.EmilieError, match=told):
+        captioner(thing().convert("RGB"))
+
+
+@pytest.mark.parametrize("said", ["{", "[]", "\udcff", '{"model_type": "clip"}'])
+def test_a_folder_that_is_no_blip2(tmp_path, said):
+    for names in PARTS.values():
+        (tmp_path / names[0]).touch()
+    (tmp_path / "config.json").write_text(said, "utf-8", "surrogateescape")
+    with pytest.raises(CheckpointError, match="BLIP-2" if "clip" in said else "config.json cannot be read"):
+        find(tmp_path)
+
+
 def test_the_captioner_leaves_a_full_card(captioner, monkeypatch):
     moved = []
     monkeypatch.setattr(captioner, "free", lambda: 0)
@@ -291,6 +336,7 @@ def test_three_columns_come_out(files, capsys):
     ("args", "why"),
     [
         (["--take", "5"], "there are proposals 1 to 4"),
+        (["--take", "0"], "there are proposals 1 to 4"),
         (["--proposals", "0"], "--proposals 0: one at least"),
         (["--at", "1,2,3"], "a box is four whole numbers"),
         (["--graconet", "base.png"], "base.png"),

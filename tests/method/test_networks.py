@@ -7,6 +7,7 @@ import pytest
 import torch
 from pseudo import error, manifest
 
+from emilie_min.checkpoint import networks as networks_module
 from emilie_min.checkpoint import reading
 from emilie_min.checkpoint.networks import meta_networks
 from emilie_min.config import load_config
@@ -196,6 +197,16 @@ def test_the_small_model_has_the_same_keys(small_config):
     _, report = reading.check(networks, small, "small")
     assert report.family == "EMA"
     assert reading.detect_config(small) is None  # so that it needs --config
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_lacks_is_no_fault_of_the_config(error, small_config, monkeypatch):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(networks_module, "AutoencoderKL", full)
+    with pytest.raises(type(error)):
+        meta_networks(small_config)
 
 
 def test_networks_keep_no_gradient_and_no_dropout(networks):

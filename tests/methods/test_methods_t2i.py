@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -301,6 +302,8 @@ def test_on_stable_diffusion_the_original_s_modules_are_injected():
 def test_on_the_small_model_the_second_attending_block_is_injected(editor):
     features, attention = modules(editor.unet)
     assert (features, attention) == ([f"{BLOCK}.out_layers"], [Q, Q.replace("to_q", "to_k")])
+    with pytest.raises(SamplingError, match="attends in none"):
+        modules(SimpleNamespace(output_blocks=[[]]))
     features, attention = modules(editor.unet, feature_block=3, attention_block=0)
     assert features == ["output_blocks.3.0.out_layers"] and len(attention) == 4
 

@@ -70,7 +70,7 @@ def test_smoothing_keeps_what_is_flat():
 @pytest.mark.parametrize(
     "method, wrong",
     [(PasteBack, {"pixels": "float"}), (PasteBack, {"threshold": 300}), (PasteBack, {"grow": -1}),
-     (LowPass, {"width": 4}), (LowPass, {"keep": 1.5}), (LowPass, {"pixels": "float"})],
+     (LowPass, {"width": 4}), (LowPass, {"keep": 1.5}), (LowPass, {"keep": -0.1}), (LowPass, {"pixels": "float"})],
 )  # fmt: skip
 def test_settings_that_cannot_be_used_are_refused(editor, method, wrong):
     with pytest.raises(SamplingError):
