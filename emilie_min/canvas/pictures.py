@@ -432,16 +432,14 @@ def read_deep_colours(image: Image.Image, file: BinaryIO, source: Source) -> Ima
     low = Image.open(file, formats=formats())
     if layout(low.tile[0]) == "LA;16B":  # four bytes a pixel: of grey the high and the low one, of alpha likewise
         low.tile = [renamed(tile, {"LA;16B": "RGBA"}) for tile in low.tile]
-        low.load()
         bytes_ = np.asarray(low).astype(np.uint16)
         values = bytes_[..., 0::2] << 8 | bytes_[..., 1::2]
     else:
         low.tile = [renamed(tile, OTHER_BYTE) for tile in low.tile]
-        low.load()
+        values = np.asarray(low).astype(np.uint16)
         file.seek(0)
         image = Image.open(file, formats=formats())
-        image.load()
-        values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+        values |= np.asarray(image).astype(np.uint16) << 8
     info = facts(image)
     orientation = orientation_of(image, source)
     levels = to_levels(values[..., : values.shape[2] - 1 + values.shape[2] % 2], source, white)

@@ -160,7 +160,7 @@ def test_what_is_no_session(editor, canvas, tmp_path):
             emilie.open(none, editor)
     assert not session.is_session(tmp_path)
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(CanvasError, match="no canvas of this version"):
+    with pytest.raises(CanvasError, match=f"^{path} is no canvas of this version"):
         emilie.open(path, editor)
     before(path, *of_before(canvas), format="emilie canvas 9")
     with pytest.raises(CanvasError, match="emilie canvas 9"):
