@@ -482,10 +482,9 @@ def test_a_file_that_is_held_stays_and_a_damaged_one_gives_way(editor, canvas, t
         with pytest.raises(CanvasError, match="cannot write the canvas: database is locked"):
             canvas.save(path)
     assert path.read_bytes() == whole
-    for damaged in (session.MAGIC, whole[:100] + bytes(len(whole) - 100)):
-        path.write_bytes(damaged)
-        canvas.save(path)
-        assert len(emilie.open(path, editor).states) == 1
+    path.write_bytes(whole[:100] + bytes(len(whole) - 100))
+    canvas.save(path)
+    assert len(emilie.open(path, editor).states) == 1
     with pytest.raises(CanvasError, match="cannot write the canvas"):
         session.start(canvas, tmp_path / "none" / "c.canvas")
 

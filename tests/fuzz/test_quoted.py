@@ -160,6 +160,8 @@ def test_what_a_session_says(editor, picture):
     check(lambda: emilie.open(path, editor))
     path.write_bytes(session.MAGIC)
     check(lambda: emilie.open(path, editor))
+    check(lambda: canvas.save(path))
+    path.unlink()
     check(lambda: canvas.save(Path(NAME) / "c.canvas"))
     canvas.save(path)
     one, other = (emilie.open(path, editor) for _ in range(2))
