@@ -131,8 +131,9 @@ def load_config(name: str | Path) -> Config:
             plain_file(path, LONGEST)
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        wrong = printable(f"config {name}: {error}")
-        raise ConfigError(f"{wrong}. Give one of {', '.join(BUILT_IN)} or a YAML file") from error
+        why = getattr(error, "strerror", None) or error
+        what = f"config {printable(name)}: {printable(why)}"
+        raise ConfigError(f"{what}. Give one of {', '.join(BUILT_IN)} or a YAML file") from error
     config: Any = OmegaConf.structured(Config)
     key = ""
     try:

@@ -162,6 +162,7 @@ def read_stored(picture: Picture, source: Source) -> Image.Image:
     if isinstance(picture, np.ndarray):
         return from_array(picture, source)
     if isinstance(picture, Image.Image):
+        refuse_size(picture.size, source)
         with quiet(source):
             tell_frames(picture, source)
             return upright(picture, source)
@@ -233,6 +234,8 @@ def refuse_size(size: tuple[int, int], source: Source, nbytes: int | None = None
     width, height = size
     if max(size) > LONGEST:
         source.fail(f"has {width}x{height} px, a side longer than {LONGEST}: crop it or scale it down first")
+    if min(size) < 1:
+        source.fail(f"has {width}x{height} px, which is nothing")
     if source.sizes and not {size, size[::-1]} & {*source.sizes}:
         wanted = "{}x{}".format(*source.sizes[0])
         raise source.error(f"the mask has {width}x{height} px and the picture {wanted}: make them the same size")
@@ -542,6 +545,7 @@ def from_array(array: np.ndarray, source: Source) -> Image.Image:
     array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
         raise source.error(f"an array must be (H, W), (H, W, 3) or (H, W, 4), not {array.shape}")
+    refuse_size(array.shape[1::-1], source)
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
     elif array.dtype.kind == "f":

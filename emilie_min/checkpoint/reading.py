@@ -390,7 +390,7 @@ def key_map(networks: dict[str, nn.Module], keys, ema: str = "auto") -> tuple[di
     EMA weights are what the original samples with; they stand under the parameter's name without its dots. ema: "yes"
     and "no" want and leave them, "auto" takes them where there are any. Raises CheckpointError.
     """
-    if ema not in EMA_CHOICES:
+    if not isinstance(ema, str) or ema not in EMA_CHOICES:
         raise CheckpointError(f"ema must be one of {', '.join(EMA_CHOICES)}, not {printable(ema, 80)}")
     averaged = any(key.startswith(EMA + "diffusion_model") for key in keys)  # pruned copies may keep counters alone
     if ema == "yes" and not averaged:

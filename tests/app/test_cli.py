@@ -212,6 +212,8 @@ BAD = {
     "unknown word": (["photo.png", "make it winter"], "'winter'"),
     "unknown word in the last": (["photo.png", "make it night", "make it winter"], "'winter'"),
     "mask for no edit": (["photo.png", "make it night", "--mask", "2=mask.png"], "no edit 2"),
+    "an endless number": (["photo.png", "make it night", "--box", "9" * 5000 + "=0,0,9,9"], "which edit"),
+    "dashes twice": (["--", "photo.png", "--", "make it night"], "-- is there twice"),
     "mask without number": (["photo.png", "make it night", "--mask", "mask.png"], "which edit"),
     "mask for a word": (["photo.png", "make it night", "--mask", "x=mask.png"], "which edit"),
     "mask twice": (["photo.png", "make it night", "--mask", "1=mask.png", "--box", "1=0,0,9,9"], "already"),

@@ -409,6 +409,15 @@ def test_a_signal_ends_it_so_that_its_folders_go(editor, monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize(
+    "host, port, told",
+    [("127.0.0.1", 70000, "0 to 65535"), ("\udcff", 0, "choose another --host"), ("", 0, "--host is empty")],
+)
+def test_where_nothing_can_listen_is_told(host, port, told):
+    with pytest.raises(EmilieError, match=told):
+        studio.listen(host, port)
+
+
 def test_without_gradio_the_extra_is_named(editor, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(EmilieError, match=re.escape("pip install 'emilie_min[studio]'")):

@@ -2,18 +2,20 @@
 
 import ast
 import builtins
+import errno
 import json
 import os
 import resource
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 import emilie_min as emilie
 from emilie_min.checkpoint import ready, writing
-from emilie_min.errors import explain_oom, hushed
+from emilie_min.errors import EmilieError, explain_oom, hushed
 
 from .judge import Case, files, full, judge, run
 from .kinds import MODEL, NIGHT, prepare
@@ -77,10 +79,43 @@ def test_a_full_disk(name, how, folder):
     assert judge(case, folder)[0] == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("name", ["an edit", "convert"])
+def test_a_signal_in_the_middle_of_a_file(name, number, folder):
+    """In a word, and nothing half written is left; also where a library makes another error of it."""
+    (folder / "out.safetensors").write_bytes(b"mine")
+    before = files(folder)
+
+    def ends(*_):
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt as stop:
+            raise ImportError("no") from stop
+
+    result = run(Case(LINES[name], before=lambda: setattr(os, "fsync", ends)), folder)
+    assert (result.code, result.err.splitlines()[-1:]) == (
+        128 + number,
+        ["emilie: interrupted; what was written before is complete"],
+    )
+    assert files(folder) == before
+
+
 def test_too_many_open_files_and_no_memory(folder):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     for limits in ({resource.RLIMIT_NOFILE: 4}, {resource.RLIMIT_AS: used + 3_000_000}):
         assert judge(Case(EDIT, True, limits=limits), folder)[0] == []
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(errno.ENOMEM, "no"), ImportError("x.so: failed to map segment")]
+)
+def test_no_memory_is_told_where_nothing_can_be_imported_either(error, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(EmilieError, match="out of memory here"), explain_oom("here"):
+        try:
+            raise error
+        finally:
+            raise ImportError("a library's own") from error
 
 
 def test_a_session_is_whole_after_a_full_disk(folder):
