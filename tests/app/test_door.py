@@ -164,8 +164,8 @@ def test_a_malformed_event(name, caller):
     ],
 )
 def test_what_a_click_says_is_read_by_its_words(more, kept):
-    event = {"fn_index": 0, "session_hash": "a", "data": [], "trigger_id": [1], "event_data": more}
-    plain = door.Door(lambda *_: None, {0: []}, SimpleNamespace(admit=lambda session: "")).plain
+    event = {"fn_index": 0, "session_hash": "a", "data": [], "event_data": more}
+    plain = door.Door(lambda *_: None, {0: []}, SimpleNamespace(admit=lambda page: None)).plain
     told = json.loads(plain(json.dumps(event).encode()))
     assert told.keys() == {"fn_index", "session_hash", "data", "event_data"}
     assert told["event_data"].pop("asked") <= time.time() and told["event_data"] == kept
@@ -411,7 +411,8 @@ def test_a_mask_that_unpacks_to_more_than_the_picture(caller):
 def test_the_limits_are_those_of_a_small_server():
     from emilie_min.app import page, visitor
 
-    assert door.EVENT <= 2**26 and door.UPLOAD <= 2**29 and door.WRONG <= 100 and 10 <= door.WHILE <= 3600
+    assert door.EVENT <= 2**26 and door.UPLOAD <= 2**29 and door.HELD <= 2**30 and door.ROOM <= 2**32
+    assert door.WRONG <= 100 and 10 <= door.WHILE <= 3600
     assert page.PAGES <= 1000 and page.WAITING <= 100 and visitor.REGIONS <= 64 and visitor.LONGEST <= 10_000
 
 
