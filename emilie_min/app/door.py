@@ -211,10 +211,9 @@ class Door:
                 raise ValueError
             event = json.loads(body, parse_constant=lambda word: math.inf)
             number, values, more = event["fn_index"], event["data"], event.get("event_data")
-            kinds = self.inputs[number] if type(number) is int else None
+            kinds = self.inputs[number] if type(number) is int else None  # which has no length
             fits = (
-                kinds is not None
-                and re.fullmatch(r"[\w-]{1,64}", event["session_hash"])
+                re.fullmatch(r"[\w-]{1,64}", event["session_hash"])
                 and type(values) is list
                 and len(values) == len(kinds)
                 and all(type(value) in TYPES[kind] for kind, value in zip(kinds, values))

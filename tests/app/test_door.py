@@ -164,8 +164,8 @@ def test_a_malformed_event(name, caller):
     ],
 )
 def test_what_a_click_says_is_read_by_its_words(more, kept):
-    event = {"fn_index": 0, "session_hash": "a", "data": [], "trigger_id": [1], "event_data": more}
-    plain = door.Door(lambda *_: None, {0: []}).plain
+    event = {"fn_index": 0, "session_hash": "a", "data": [], "event_data": more}
+    plain = door.Door(lambda *_: None, {0: []}, SimpleNamespace(admit=lambda page: None)).plain
     told = json.loads(plain(json.dumps(event).encode()))
     assert told.keys() == {"fn_index", "session_hash", "data", "event_data"}
     assert told["event_data"].pop("asked") <= time.time() and told["event_data"] == kept
@@ -411,7 +411,8 @@ def test_a_mask_that_unpacks_to_more_than_the_picture(caller):
 def test_the_limits_are_those_of_a_small_server():
     from emilie_min.app import page, visitor
 
-    assert door.EVENT <= 2**26 and door.UPLOAD <= 2**29 and door.WRONG <= 100 and 10 <= door.WHILE <= 3600
+    assert door.EVENT <= 2**26 and door.UPLOAD <= 2**29 and door.HELD <= 2**30 and door.ROOM <= 2**32
+    assert door.WRONG <= 100 and 10 <= door.WHILE <= 3600
     assert page.PAGES <= 1000 and page.WAITING <= 100 and visitor.REGIONS <= 64 and visitor.LONGEST <= 10_000
 
 
@@ -668,7 +669,7 @@ def test_with_a_link_that_works_once(editor):
 
 
 def test_of_wrong_passwords_no_endless_list_is_kept():
-    closed = door.Door(lambda *_: None, {}, local=False, auth=door.Auth("ann:pw"))
+    closed = door.Door(lambda *_: None, {}, None, local=False, auth=door.Auth("ann:pw"))
     for i in range(1500):
         scope = {"type": "http", "headers": [(b"authorization", b"Basic x")], "client": (f"address {i}", 1)}
         assert not closed.admits(door.Request(scope))
