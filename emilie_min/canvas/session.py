@@ -150,7 +150,7 @@ def _refuse_other(path: Path) -> None:
         return
     with open(path, "rb") as file:
         head = file.read(72)
-    ours = head[:16] == MAGIC and head[68:72] == APPLICATION.to_bytes(4, "big")
+    ours = head[:16] == MAGIC and head[68:] in (b"", APPLICATION.to_bytes(4, "big"))
     if not (ours or head[8:9] == b"{"):
         raise CanvasError(f"{printable(path)} is there and no canvas: name another file")
 

@@ -438,6 +438,18 @@ def test_who_is_slow_is_not_waited_for(caller, monkeypatch):
         assert line.recv(1000) == b""
 
 
+def test_an_address_has_so_many_connections(caller, monkeypatch):
+    pulse = caller.open_stream(f"/gradio_api/heartbeat/{caller.session}")
+    next(pulse)
+    for most in (2, 0):  # of an address, at all
+        monkeypatch.setattr(door, "MOST", most)
+        with socket.create_connection(("127.0.0.1", caller.page.port), 30) as line:
+            assert line.recv(1000) == b""
+    monkeypatch.undo()
+    assert caller.ask("GET", "/theme.css")[0] == 200
+    pulse.close()
+
+
 def test_files_are_made_one_at_a_time_of_a_visitor(page, caller, monkeypatch):
     from pages import Caller
 
