@@ -73,6 +73,8 @@ def test_unreadable_pictures(tmp_path, monkeypatch):
         images.read_image(tmp_path / "text.png")
     with pytest.raises(ImageError, match="cannot be read"):
         images.read_image(tmp_path)
+    with pytest.raises(ImageError, match="cannot be read as a picture: File name too long"):
+        images.read_image(tmp_path / ("x" * 300))
     for suffix in ("png", "jpg", "bmp", "tif"):
         gradient(200, 200).save(tmp_path / f"whole.{suffix}")
         data = (tmp_path / f"whole.{suffix}").read_bytes()
