@@ -132,12 +132,13 @@ def load_config(name: str | Path) -> Config:
             plain_file(path, LONGEST)
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        wrong = printable(f"config {name}: {error}")
-        raise ConfigError(f"{wrong}. Give one of {', '.join(BUILT_IN)} or a YAML file") from error
+        why = getattr(error, "strerror", None) or error
+        what = f"config {printable(name)}: {printable(why)}"
+        raise ConfigError(f"{what}. Give one of {', '.join(BUILT_IN)} or a YAML file") from error
     config: Any = OmegaConf.structured(Config)
     key = ""
     try:
-        _require(len(text) <= LONGEST and len(re.findall(r"[\[{]", text)) <= 1000 and not NESTED.search(text), HUGE)
+        _require(len(re.findall(r"[\[{]", text)) <= 1000 and not NESTED.search(text), HUGE)
         _require(not any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)), f"aliases (*name) {PLAIN}")
         given: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
         _require("${" not in str(given), f"interpolations (${{name}}) {PLAIN}")

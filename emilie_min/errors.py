@@ -2,6 +2,8 @@
 
 import errno
 import os
+import re
+import reprlib
 import stat
 import sys
 import threading
@@ -10,10 +12,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 HUSHED = threading.Lock()
+NO_MEMORY = re.compile("an't allocate memory|annot allocate memory|bad_alloc|failed to map segment|create a primitive")
+LINE = 2000  # characters of a message
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 60
 
 
 class EmilieError(ValueError):
-    """Base of all errors that bad input can cause."""
+    """Base of all errors that bad input can cause. Its message is a line that a terminal can show."""
+
+    def __init__(self, text: object = "") -> None:
+        super().__init__(printable(text, LINE))
 
 
 class ConfigError(EmilieError):
@@ -55,15 +64,28 @@ class BenchError(EmilieError):
     """
 
     def __init__(self, text: str, lines: Sequence[str] = ()) -> None:
-        super().__init__(text)
+        ValueError.__init__(self, "\n".join(printable(line, LINE) for line in text.split("\n")))
         self.lines = lines or [text]
 
 
 def printable(text: object, limit: int = 500) -> str:
     """A line of at most `limit` characters that a terminal can show, of whatever a file or its name may hold."""
-    text = str(text)
+    try:
+        text = str(text)
+    except Exception:  # an int of more digits than Python writes, or whatever a foreign type does
+        text = f"<{type(text).__name__}>"
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def quote(value: object) -> str:
+    """Any value, as of a file or an argument, as it may stand in a message: at most 80 printable characters."""
+    try:
+        text = _short.repr(value)
+        text = " ".join(text.split()) if "\n" in text else text  # an array's
+    except Exception:
+        text = f"<{type(value).__name__}>"
+    return printable(text, 80)
 
 
 def plain_file(path: str | os.PathLike[str], most: float = float("inf")) -> None:
@@ -82,11 +104,11 @@ def plain_file(path: str | os.PathLike[str], most: float = float("inf")) -> None
 
 
 def note(text: str) -> None:
-    """Tell what was assumed, as a warning of whoever called the package; the command prints it, once."""
+    """Tell what was assumed, in a printable line, as a warning of whoever called the package; the command prints it."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level)
+    warnings.warn(printable(text, 1000), stacklevel=level)
 
 
 @contextmanager
@@ -120,15 +142,37 @@ def first_line(error: Exception, last: bool = False) -> str:
 
 @contextmanager
 def explain_oom(where_and_what: str) -> Iterator[None]:
-    """Say what to lower where memory does not suffice, on a GPU or on the CPU. Raises EmilieError."""
+    """Say what to lower where memory does not suffice, on a GPU or on the CPU. Raises EmilieError.
+
+    Nothing is imported here, for which there may be no memory either.
+    """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        import torch
-
-        cuda = isinstance(error, torch.cuda.OutOfMemoryError)
-        if not (cuda or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+    except EmilieError:
+        raise
+    except Exception as error:
+        if not (cuda := _of_cuda(error)) and not any(map(_of_memory, _chain(error))):
             raise
         raise EmilieError(
             f"out of {'CUDA ' if cuda else ''}memory {where_and_what}, use --dtype float16, or close what else uses it"
         ) from error
+
+
+def _of_cuda(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)
+
+
+def _of_memory(error: BaseException) -> bool:
+    """Also as the system, its linker and PyTorch's libraries say it."""
+    known = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return known or isinstance(error, MemoryError) or NO_MEMORY.search(str(error)) is not None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those that led to it, of which a library may have made it."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        yield error
+        error = error.__cause__ or error.__context__

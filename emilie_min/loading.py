@@ -1,6 +1,7 @@
 """From a weight file to an `Editor`: which config, which device, and networks built without initialising them."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from .checkpoint import reading
 from .checkpoint.networks import build
 from .config import BUILT_IN, TOKENIZER_FILES, load_config
 from .emilie import Editor
-from .errors import CheckpointError, EmilieError, TokenizerError, explain_oom, first_line, printable
+from .errors import CheckpointError, EmilieError, TokenizerError, explain_oom, first_line, printable, quote
 from .faster.half import HalfAutoencoderKL
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -40,13 +41,19 @@ def load(
     low_memory: slower, see `faster.low_memory`. plain: none of these, every step as `emilie.py` and `unet.py` read.
     Raises CheckpointError, ConfigError.
     """
+    for name, path in (("weights", weights), ("config", config), ("tokenizer", tokenizer)):
+        if path is not None and not isinstance(path, (str, os.PathLike)):
+            raise EmilieError(f"{name} must be a path, not {quote(path)}")
+    for name, flag in (("compile", compile), ("low_memory", low_memory), ("plain", plain)):
+        if not isinstance(flag, bool) and not (name == "compile" and flag is None):
+            raise EmilieError(f"{name} must be True or False, not {quote(flag)}")
     if tokenizer and not all(os.path.isfile(Path(tokenizer) / name) for name in TOKENIZER_FILES):
         raise TokenizerError(f"{printable(tokenizer)} does not hold {' and '.join(TOKENIZER_FILES)}")
     device = pick_device(device)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-    elif isinstance(dtype, str):
-        if dtype not in DTYPES:
+    elif not isinstance(dtype, torch.dtype) or dtype not in (*DTYPES.values(), torch.float64):
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise EmilieError(f"dtype must be float32, float16 or bfloat16, not {printable(dtype, 80)}")
         dtype = DTYPES[dtype]
     if compile and low_memory:
@@ -125,9 +132,12 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        picked = torch.device(device)
-        torch.zeros(1, device=picked).item()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picked = torch.device(device)
+            torch.zeros(1, device=picked).item()
     except Exception as error:  # each kind of device has its own way to be absent
         reason = printable(first_line(error).partition(". ")[0], 120)
+        reason = "this PyTorch is without it" if "aten::" in reason or "ASSERT" in reason else reason
         raise EmilieError(f"device {printable(device, 80)} cannot be used here: {reason}") from error
     return picked

@@ -92,7 +92,7 @@ class Batch:
                     bar.write(f"emilie: error: {printable(group[0][0])}: {printable(error)}", sys.stderr)
                     failed += 1
                 each = (time.time() - started) / len(group)
-                bar.set_postfix_str(f"{each:.1f} s each, {group[-1][1]}")
+                bar.set_postfix_str(f"{each:.1f} s each, {printable(group[-1][1], 80)}")
                 at += len(group)
                 bar.update(len(group))
         say(f"{len(todo) - failed} pictures edited, in {self.folder}" + f"; {failed} could not be" * (failed > 0))

@@ -4,8 +4,10 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +21,10 @@ from .options import EMA_CHOICES, EMA_HELP, add_model_options, add_path_options,
 LINE = 1000  # characters of a line that is told
 
 
+class Ended(KeyboardInterrupt):
+    """A signal that ends a process, by its number: ^C's, `kill`'s, or that of a terminal that was closed."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with one line for an error."""
 
@@ -29,12 +35,13 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; the exit code: 0, 1 by a red check, 2 for bad input and what the system lacks.
 
-    130 when interrupted; 141 where the reader of a pipe has left, as `| head` does: nothing is said then.
+    130 when interrupted, 143 by `kill`, 129 where the terminal was closed, and nothing is half written then; 141 where
+    the reader of a pipe has left, as `| head` does: nothing is said then.
     """
     prepare_streams()
     try:
         try:
-            with explain_oom("here: work at a lower --resolution"):
+            with heeding_signals(), explain_oom("here: work at a lower --resolution"):
                 return run_line(sys.argv[1:] if argv is None else argv)
         finally:
             sys.stdout.flush()
@@ -49,9 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         silence(sys.stdout)
         name = "standard output" if error.filename is None else printable(error.filename, 200)
         tell(f"emilie: error: {name} cannot be used: {error.strerror or printable(error)}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         tell("\nemilie: interrupted; what was written before is complete")
-        return 130
+        return 128 + (stop.args[0] if isinstance(stop, Ended) else signal.SIGINT)
     return 2
 
 
@@ -62,6 +69,8 @@ def run_line(argv: list[str]) -> int:
         return 0
     if wrong := language.not_a_command(argv[0]):
         top.error(wrong)
+    if argv.count("--") > 1:  # for which argparse gives a list in the place of a text
+        top.error("-- is there twice: it stands once, before words that begin with a dash")
     args, rest = top.parse_known_args(argv)
     if args.command == "edit" and not any(word.startswith("-") for word in rest):
         args.instructions, rest = args.instructions + rest, []  # argparse stops at the first option in between
@@ -72,6 +81,35 @@ def run_line(argv: list[str]) -> int:
         told: set[str] = set()
         warnings.showwarning = lambda message, *_: tell_once(str(message), told)
         return args.run(args) or 0
+
+
+@contextmanager
+def heeding_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end as ^C does, so that what was begun is cleared away; what is ignored stays ignored.
+
+    And whatever a library makes of that, such as an import that then failed, it is an `Ended`.
+    """
+    came: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        came.append(number)
+        raise Ended(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    main = threading.current_thread() is threading.main_thread()  # which alone may say what a signal does
+    ours = [n for n, does in before.items() if main and does in (signal.SIG_DFL, signal.default_int_handler)]
+    try:
+        for number in ours:
+            signal.signal(number, end)
+        yield
+    except Exception as error:
+        if came:
+            raise Ended(came[0]) from error
+        raise
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
 
 
 def prepare_streams() -> None:

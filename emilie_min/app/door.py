@@ -35,6 +35,7 @@ WRONG, WHILE = 10, 60.0  # passwords that an address may have wrong in so many s
 EVENT, UPLOAD = 2**25, 2**28  # bytes that an event and an uploaded file may have
 HELD, PATIENCE = 2**28, 120.0  # bytes of all events that are still arriving; seconds in which one has to
 SILENT = 10.0  # seconds in which a connection's first request has to begin
+MOST = 400  # connections at once, of which an address may have half
 PARTS = 10_000  # that an event may consist of, which are quick to read
 MAKERS = 2  # files that are made at once
 ROOM = 2**30  # bytes that an upload leaves free on the disk
@@ -90,10 +91,13 @@ def same(a: str, b: str) -> bool:
 
 
 class Connection(H11Protocol):
-    """One that is closed where it brings no request: of those that only stay open there could be any number."""
+    """One that is closed where it brings no request or is one too many: there could be any number of them."""
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
+        others = [one.client and one.client[0] for one in self.connections]
+        if len(others) > MOST or others.count(self.client and self.client[0]) > max(1, MOST // 2):
+            transport.close()
         self.loop.call_later(SILENT, lambda: self.cycle or transport.close())
 
 
@@ -211,10 +215,9 @@ class Door:
                 raise ValueError
             event = json.loads(body, parse_constant=lambda word: math.inf)
             number, values, more = event["fn_index"], event["data"], event.get("event_data")
-            kinds = self.inputs[number] if type(number) is int else None
+            kinds = self.inputs[number] if type(number) is int else None  # which has no length
             fits = (
-                kinds is not None
-                and re.fullmatch(r"[\w-]{1,64}", event["session_hash"])
+                re.fullmatch(r"[\w-]{1,64}", event["session_hash"])
                 and type(values) is list
                 and len(values) == len(kinds)
                 and all(type(value) in TYPES[kind] for kind, value in zip(kinds, values))

@@ -142,9 +142,9 @@ def run(args: argparse.Namespace) -> None:
         raise MaskError("--crop needs a --mask or --box: the crop is made round it")
     for regions in edits:  # so that the last edit's mask does not fail after an hour of edits
         check_edit(photo if target is photo else None, canvas, regions, args.soft, args.crop)
-    folder = writable(args.out)
     if args.canvas is not None:
         writable(args.canvas.parent, "--canvas")
+    folder = writable(args.out)
     if original is None:
         note(
             f"pictures are written at {canvas.image.width}x{canvas.image.height} px: name the picture for its own size"
@@ -291,36 +291,44 @@ def read_edits(args: argparse.Namespace, texts: list[str]) -> list[list[tuple]]:
     examples = {"--mask": "2=mask.png", "--box": "2=10,10,200,200", "--also": '"2=mask.png:make it blue"'}
     for option, values in (("--mask", args.mask), ("--box", args.box), ("--also", args.also)):
         for value in values:
+            given = f"{option} {printable(value, 80)}"
             if option == "--mask" and value == AUTO:
                 masks |= {n: AUTO for n in also if n not in masks}
                 continue
-            number, _, what = value.partition("=")
-            if not number.isdecimal() or not what:
-                raise MaskError(f"{option} {value}: say which edit it is for, as in {option} {examples[option]}")
-            if int(number) not in also:
-                raise MaskError(f"{option} {value}: there is no edit {number}, only 1 to {len(also)}")
+            text, _, what = value.partition("=")
+            number = count(text)
+            if number is None or not what:
+                raise MaskError(f"{given}: say which edit it is for, as in {option} {examples[option]}")
+            if number not in also:
+                raise MaskError(f"{given}: there is no edit {text}, only 1 to {len(also)}")
             if option == "--also":
                 where, text = place_and_text(what)
                 if not where or not text.strip():
-                    raise InstructionError(f"{option} {value}: say where and what, as in {option} {examples[option]}")
+                    raise InstructionError(f"{given}: say where and what, as in {option} {examples[option]}")
                 is_box = set(where) <= set("0123456789,- ")
-                also[int(number)].append((text.strip(), read_box(where, f"{option} {value}") if is_box else where))
+                also[number].append((text.strip(), read_box(where, given) if is_box else where))
                 continue
-            if int(number) in masks:
-                raise MaskError(f"{option} {value}: edit {number} has a mask already")
-            masks[int(number)] = read_box(what, f"{option} {value}") if option == "--box" else what
+            if number in masks:
+                raise MaskError(f"{given}: edit {text} has a mask already")
+            masks[number] = read_box(what, given) if option == "--box" else what
     if args.keep_background and not masks:
         raise MaskError("--keep-background needs a --mask or --box: without one there is no background")
     edits: list[list[tuple]] = [[(text, masks.get(n)), *also[n]] for n, text in enumerate(texts, 1)]
     for value in args.own:
         number, _, what = value.partition("=")
-        n, _, r = number.partition(".")
-        if not n.isdecimal() or not r.isdecimal() or "=" not in what:
-            raise InstructionError(f'--own {value}: say whose and what, as in --own "2.1=text_scale=1.2;seed=3"')
-        if not (1 <= int(n) <= len(edits) and 1 <= int(r) <= len(edits[int(n) - 1])):
-            raise InstructionError(f"--own {value}: there is no instruction {r} of an edit {n}")
-        edits[int(n) - 1][int(r) - 1] = (*edits[int(n) - 1][int(r) - 1][:2], read_own(what))
+        given = f"--own {printable(value, 80)}"
+        n, r = (count(part) for part in number.partition(".")[::2])
+        if n is None or r is None or "=" not in what:
+            raise InstructionError(f'{given}: say whose and what, as in --own "2.1=text_scale=1.2;seed=3"')
+        if not (1 <= n <= len(edits) and 1 <= r <= len(edits[n - 1])):
+            raise InstructionError(f"{given}: there is no instruction {r} of an edit {n}")
+        edits[n - 1][r - 1] = (*edits[n - 1][r - 1][:2], read_own(what))
     return edits
+
+
+def count(text: str) -> int | None:
+    """A number in decimals; None: it is none, or longer than any that something is counted by."""
+    return int(text) if text.isdecimal() and len(text) < 19 else None
 
 
 def read_own(text: str) -> dict:
@@ -328,7 +336,7 @@ def read_own(text: str) -> dict:
     from ..canvas.regions import own_settings
 
     pairs = [(name.strip(), value.strip()) for name, _, value in (part.partition("=") for part in text.split(";"))]
-    whole = re.compile(r"[+-]?\d+")
+    whole = re.compile(r"[+-]?\d{1,100}")
     return own_settings({n: int(v) if n == "seed" and whole.fullmatch(v) else v for n, v in pairs})
 
 

@@ -2,12 +2,13 @@
 
 import argparse
 import itertools
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..canvas.settings import Settings, as_finite
+from ..canvas.settings import Settings, as_finite, as_int
 from ..errors import InstructionError, SamplingError, say
 from . import language
 from .edit import read_box, resolution, what_changed
@@ -42,12 +43,16 @@ def add_where_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0, help="of the noise that is looked through (default: 0)")
 
 
-def numbers(text: str, name: str) -> list[float]:
+def numbers(text: str, name: str, read: Callable = as_finite) -> list:
     """Values with commas between them. Raises SamplingError."""
-    values = [as_finite(each, name) for each in text.split(",") if each.strip()]
+    values = [read(each, name) for each in text.split(",") if each.strip()]
     if not values:
         raise SamplingError(f"{name} needs one value or more, with commas between them")
     return list(dict.fromkeys(values))
+
+
+def read_seed(text: str, name: str) -> int:
+    return as_int(int(text) if re.fullmatch(r"\s*[+-]?\d{1,100}\s*", text) else text, name)
 
 
 def opened(args: argparse.Namespace, seed: int = 0):
@@ -82,7 +87,7 @@ def run_grid(args: argparse.Namespace) -> None:
     from ..canvas import about, images, where
     from ..canvas.strip import sheet
 
-    seeds = [int(seed) for seed in numbers(args.seeds, "--seeds")]
+    seeds = numbers(args.seeds, "--seeds", read_seed)
     given = {
         name: None if getattr(args, name) is None else numbers(getattr(args, name), f"--{name.replace('_', '-')}")
         for name in TIMES

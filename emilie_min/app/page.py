@@ -169,7 +169,7 @@ def connect(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNames
         """A handler: do one thing at a time with a visitor's canvas; show how it goes, and what it is then."""
 
         def handler(visitor: Visitor | None, *inputs) -> Iterator[list]:
-            visitor = visitor or Visitor(editor, networks)
+            visitor = visitor or Visitor(editor, networks, page.visitors)
             page.visitors[visitor.key] = visitor
             if not visitor.busy.acquire(blocking=False):
                 yield told(visitor, "an edit is under way: wait for it, or press Stop", refused=True)
@@ -300,7 +300,7 @@ def endpoints(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNam
 
     def endpoint(name: str, do: Callable, inputs: list, about: str, shown: Callable = Visitor.shown) -> None:
         def handler(visitor: Visitor | None, *given) -> tuple:
-            visitor = visitor or Visitor(editor, networks)
+            visitor = visitor or Visitor(editor, networks, page.visitors)
             page.visitors[visitor.key] = visitor
             if not visitor.busy.acquire(blocking=False):
                 raise gr.Error("an edit is under way: wait for it", print_exception=False)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..errors import CanvasError, EmilieError, printable, say
+from ..errors import CanvasError, EmilieError, printable, quote, say
 from .edit import add_settings, photo_of, read_box, settings
 from .options import add_model_options, add_path_options, load_editor, writable
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
 
     name, *rest = args.change or [None]
     if name is not None and name not in CHANGES:
-        raise CanvasError(f"no change {printable(name, 60)!r}: choose from {', '.join(CHANGES)}")
+        raise CanvasError(f"no change {quote(name)}: choose from {', '.join(CHANGES)}")
     values, revised = numbers(name, rest), revision(args, name, rest)
     if not args.session.is_file() or not is_session(args.session):
         raise CanvasError(f"{printable(args.session)} is no session: `emilie edit --canvas` writes one")
@@ -87,7 +87,8 @@ def revision(args: argparse.Namespace, name: str | None, rest: list[str]) -> dic
     given |= {"mask": masks[0] if masks else None} if masks or args.everywhere else {}
     if name not in ("revise", "scrub"):
         if given:
-            raise CanvasError(f"{', '.join('--' + key.replace('_', '-') for key in given)}: for `revise` and `scrub`")
+            options = ", ".join("--" + key.replace("_", "-") for key in given)
+            raise CanvasError(f"{options} is for `revise` and `scrub` alone: leave it out")
         return {}
     at = len(numbers(name, rest))
     given |= {"instruction": rest[at]} if len(rest) > at else {}

@@ -6,10 +6,13 @@ no share link, no fonts from elsewhere.
 """
 
 import contextlib
+import errno
 import importlib.util
 import os
 import secrets
+import signal
 import socket
+import sys
 import tempfile
 import threading
 import warnings
@@ -67,13 +70,18 @@ def listen(host: str = "127.0.0.1", port: int = 7860, password: str | None = Non
     """Take a port for the page, 0 = any. Raises EmilieError: it is taken, gradio is missing, a password has no user."""
     if password is not None and not all(password.partition(":")):
         raise EmilieError("--auth is USER:PASSWORD")
+    if not host:
+        raise EmilieError("--host is empty: 127.0.0.1 is this computer only, 0.0.0.0 is any")
     if importlib.util.find_spec("gradio") is None:
         raise EmilieError("the page needs gradio: pip install 'emilie_min[studio]'")
     try:
         return socket.create_server((host, port))
-    except (OSError, OverflowError) as error:
+    except OverflowError as error:
+        raise EmilieError(f"--port is from 0 to 65535, not {port}") from error
+    except (OSError, ValueError, TypeError) as error:  # the last two of a name that none can be
         why = str(getattr(error, "strerror", None) or error).partition(" (")[0]
-        raise EmilieError(f"cannot serve on {host}:{port}: {why}; choose another --port") from error
+        at_fault = "port" if getattr(error, "errno", 0) in (errno.EADDRINUSE, errno.EACCES) else "host"
+        raise EmilieError(f"cannot serve on {host}:{port}: {why}; choose another --{at_fault}") from error
 
 
 def studio(
@@ -101,5 +109,9 @@ def studio(
     print(f"the studio is at {url} (stop it with Ctrl-C)", flush=True)
     if open_browser:
         threading.Timer(1, webbrowser.open, [url]).start()
+    if (
+        threading.current_thread() is threading.main_thread()
+    ):  # by either signal it ends as by the last line of a program
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with contextlib.suppress(KeyboardInterrupt), listener:
         server.run(sockets=[listener])

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -147,10 +148,11 @@ def which_shard(text: str | None, environ: dict) -> tuple[int, int]:
         return rank + 1, world
     if world > 1:
         raise BenchError("--shard and torchrun both split the work: use one of them")
-    i, _, n = text.partition("/")
-    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
-        raise BenchError(f"--shard {text}: give I/N with I from 1 to N")
-    return int(i), int(n)
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    i, n = (int(part) for part in found.groups()) if found else (0, 0)
+    if not 1 <= i <= n:
+        raise BenchError(f"--shard {printable(text, 60)}: give I/N with I from 1 to N")
+    return i, n
 
 
 def run_tune(args: argparse.Namespace) -> None:

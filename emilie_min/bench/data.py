@@ -41,8 +41,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..checkpoint.schema import Blank, fault, parse, quote
-from ..errors import BenchError, EmilieError, plain_file, printable
+from ..checkpoint.schema import Blank, fault, parse
+from ..errors import BenchError, EmilieError, plain_file, printable, quote
 from ..toy import world
 from .io import LONGEST
 

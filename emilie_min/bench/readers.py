@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..checkpoint.schema import fault, quote
-from ..errors import BenchError, plain_file, printable
+from ..checkpoint.schema import fault
+from ..errors import BenchError, plain_file, printable, quote
 from . import data
 from .data import Item, Turn, file_in
 from .io import LONGEST, open_picture, read_json

@@ -27,9 +27,8 @@ from pathlib import Path
 from PIL import Image
 
 from .. import __version__
-from ..checkpoint.schema import quote
 from ..checkpoint.writing import atomic_write, write_bytes, write_tensors
-from ..errors import BenchError, EmilieError, explain_oom, first_line, printable
+from ..errors import BenchError, EmilieError, explain_oom, first_line, printable, quote
 from . import data
 from .io import open_picture, read_json
 

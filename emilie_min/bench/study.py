@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint.schema import quote
-from ..errors import BenchError
+from ..errors import BenchError, quote
 from .io import open_picture, read_json
 from .metrics import percentiles
 from .page import Table, Value, data_uri, evenly_spaced, render, save, working_mask

@@ -69,7 +69,7 @@ def read(path: str | Path) -> dict[str, Any]:
                          "saved anew by another program")  # fmt: skip
     try:
         about = parse(str(said)[:LONGEST])
-        if not isinstance(about, dict) or not isinstance(about["edits"], list):
+        if not isinstance(about["edits"], list):
             raise ValueError("no edits")
         for edit in about["edits"]:
             if not isinstance(edit["instruction"], str) or not isinstance(edit["settings"], dict):

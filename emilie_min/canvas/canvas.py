@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import loading
 from ..emilie import Editor, rescale_factor
-from ..errors import CanvasError, CheckpointError, MaskError, SamplingError, explain_oom
+from ..errors import CanvasError, CheckpointError, MaskError, SamplingError, explain_oom, quote
 from ..faster.deepcache import reuse_deep_features
 from ..faster.dpmpp import sample_dpmpp_2m
 from ..faster.guidance_reuse import reuse_guidance
@@ -20,7 +20,7 @@ from ..sampling import Denoise, Noise, Sampler, Scale, Step, get_sigmas, noise_s
 from . import images, regions, session, settings, stack
 from .images import Mask
 from .regions import Asked
-from .settings import Settings, as_int
+from .settings import Settings, as_int, whole
 from .state import State
 
 SAMPLERS = dict(
@@ -74,7 +74,9 @@ def resumed(sampler: Sampler, first: int, x: Tensor) -> Sampler:
 
 
 def check_can_edit(editor: Editor) -> None:
-    """Raises CheckpointError for a UNet without room for the picture's latent."""
+    """Raises CheckpointError for what is no editor, and for a UNet without room for the picture's latent."""
+    if not isinstance(editor, Editor):
+        raise CheckpointError(f"an editor is what emilie.load gives, and this is {quote(editor)}")
     if editor.unet.in_channels != 2 * editor.config.diffusion.channels:
         raise CheckpointError(
             f"{editor.model} takes {editor.unet.in_channels} channels and editing needs 8, a noisy latent and the "
@@ -362,9 +364,10 @@ class Canvas:
 
         Raises CanvasError for a number that is none.
         """
-        if not isinstance(state, int) or not 0 <= state < len(self.states):
-            raise CanvasError(f"no state {state}: this canvas has states 0 to {len(self.states) - 1}")
-        self.at, self.redo_stack = state, []
+        number = whole(state)
+        if number is None or not 0 <= number < len(self.states):
+            raise CanvasError(f"no state {quote(state)}: this canvas has states 0 to {len(self.states) - 1}")
+        self.at, self.redo_stack = number, []
         return self.image
 
     def retract(self, k: int, way: str = "support") -> Image.Image:

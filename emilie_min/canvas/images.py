@@ -12,9 +12,10 @@ from PIL import Image, ImageChops, ImageFilter, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from ..checkpoint.writing import atomic_write
-from ..errors import ImageError, MaskError, SamplingError, note, printable
+from ..errors import ImageError, MaskError, SamplingError, note, quote
 from . import masks
 from .pictures import SIDEWAYS, SMALLEST, TURNS, Picture, Source, open_picture, read_stored, srgb_profile, tell
+from .settings import whole
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import, and a benchmark's pictures are checked without it
     from torch import Tensor
@@ -67,13 +68,15 @@ def fit_size(size: tuple[int, int], resolution: int | str, multiple: int) -> tup
     The longer side comes near `resolution`, both become multiples of `multiple`, 64 in the original. Raises ImageError.
     """
     width, height = size
-    if resolution == "native":
+    if isinstance(resolution, str) and resolution == "native":
         width, height = width // multiple * multiple, height // multiple * multiple
         if not width or not height:
             raise ImageError(f"{size[0]}x{size[1]} px is too small to be edited at its own size: give a resolution")
     else:
-        if not hasattr(resolution, "__index__") or resolution < multiple:  # any type of integer
-            raise ImageError(f'resolution must be "native" or at least {multiple}, not {resolution}')
+        given, resolution = resolution, whole(resolution)
+        if resolution is None or resolution < multiple:
+            raise ImageError(f'resolution must be "native" or at least {multiple}, not {quote(given)}')
+        resolution = min(resolution, LARGEST)  # whose picture is too large
         scale = resolution / max(width, height)
         scale = math.ceil(min(width, height) * scale / multiple) * multiple / min(width, height)
         width, height = (int(side * scale // multiple) * multiple for side in size)
@@ -88,10 +91,10 @@ def near_size(size: tuple[int, int], resolution: int | str, multiple: int) -> tu
     The longer side comes near `resolution`; the sides' proportion changes by what rounding to multiples changes, and
     changes back where the result is brought to the picture's own size. Raises ImageError.
     """
-    if resolution == "native":
+    if isinstance(resolution, str) and resolution == "native":
         raise ImageError('a part of a picture is worked on at a resolution in px, not "native"')
     fit_size(size, resolution, multiple)  # which says what a resolution may be
-    scale = int(resolution) / max(size)
+    scale = operator.index(resolution) / max(size)
     width, height = (max(1, round(side * scale / multiple)) * multiple for side in size)
     return width, height
 
@@ -108,11 +111,12 @@ def read_part(part: Box, size: tuple[int, int]) -> Box:
     """A box of a picture of (width, height). Raises ImageError."""
     try:
         x0, y0, x1, y1 = (operator.index(v) for v in part)
-    except (TypeError, ValueError):
-        raise ImageError(f"a part is four whole numbers x0, y0, x1, y1, not {printable(part, 80)}") from None
+    except Exception:  # each type has its own way not to be four numbers
+        raise ImageError(f"a part is four whole numbers x0, y0, x1, y1, not {quote(part)}") from None
     if min(x0, y0) < 0 or x1 > size[0] or y1 > size[1] or min(x1 - x0, y1 - y0) < SMALLEST:
         raise ImageError(
-            f"part {x0},{y0},{x1},{y1} is no box of the picture of {size[0]}x{size[1]}, {SMALLEST} px a side"
+            f"part {','.join(map(quote, (x0, y0, x1, y1)))} is no box of the picture of {size[0]}x{size[1]}, "
+            f"{SMALLEST} px a side"
         )
     return x0, y0, x1, y1
 
@@ -274,12 +278,12 @@ def read_given(
     source = Source(mask, "mask", MaskError)
     if isinstance(mask, (tuple, list)):
         if len(mask) != 4 or not all(isinstance(v, (int, np.integer)) for v in mask):
-            raise MaskError(f"a box is four whole numbers x0, y0, x1, y1, not {mask}")
+            raise MaskError(f"a box is four whole numbers x0, y0, x1, y1, not {quote(mask)}")
         x0, y0, x1, y1 = mask
         if not (0 <= x0 < x1 <= original[0] and 0 <= y0 < y1 <= original[1]):
             tag = f", as it is shown, turned by its EXIF orientation {turned}" * (turned is not None)
             raise MaskError(
-                f"box {x0},{y0},{x1},{y1} does not lie in the picture of {original[0]}x{original[1]} px{tag}"
+                f"box {','.join(map(quote, mask))} does not lie in the picture of {original[0]}x{original[1]} px{tag}"
             )
         image = Image.new("L", original)
         image.paste(255, (x0, y0, x1, y1))

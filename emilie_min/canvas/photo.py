@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
 from ..emilie import Editor
-from ..errors import CanvasError, MaskError
+from ..errors import CanvasError, ImageError, MaskError, quote
 from ..sampling import Step
 from . import images
 from .canvas import Canvas
@@ -18,8 +18,14 @@ CHANGED = 24  # grey levels from which a pixel counts as changed; an autoencoder
 
 
 def open_photo(photo: Image.Image, editor: Editor, seed: int = 0, resolution: int | str | None = None) -> "Photo":
-    """A photo, of which the whole is worked on at the model's size, or with "native" its middle at its own."""
-    whole = None if resolution == "native" else (0, 0, *photo.size)
+    """A photo, of which the whole is worked on at the model's size, or with "native" its middle at its own.
+
+    photo: upright, of RGB, as `images.read_image` gives it. Raises ImageError, CheckpointError.
+    """
+    if not isinstance(photo, Image.Image):
+        raise ImageError(f"a photo is a PIL image, as images.read_image gives it, not {quote(photo)}")
+    native = isinstance(resolution, str) and resolution == "native"
+    whole = None if native else (0, 0, *photo.size)
     return Photo(photo, open_canvas(photo, editor, seed, resolution, whole))
 
 

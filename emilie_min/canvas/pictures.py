@@ -164,6 +164,7 @@ def read_stored(picture: Picture, source: Source) -> Image.Image:
     if isinstance(picture, np.ndarray):
         return from_array(picture, source)
     if isinstance(picture, Image.Image):
+        refuse_size(picture.size, source)
         with quiet(source):
             tell_frames(picture, source)
             return upright(picture, source)
@@ -245,6 +246,8 @@ def refuse_size(size: tuple[int, int], source: Source, nbytes: int | None = None
     width, height = size
     if max(size) > LONGEST:
         source.fail(f"has {width}x{height} px, a side longer than {LONGEST}: crop it or scale it down first")
+    if min(size) < 1:
+        source.fail(f"has {width}x{height} px, which is nothing")
     if source.sizes and not {size, size[::-1]} & {*source.sizes}:
         wanted = "{}x{}".format(*source.sizes[0])
         source.fail(f"has {width}x{height} px and the picture {wanted}: make them the same size")
@@ -441,16 +444,14 @@ def read_deep_colours(image: Image.Image, file: BinaryIO, source: Source) -> Ima
     low = Image.open(file, formats=formats())
     if layout(low.tile[0]) == "LA;16B":  # four bytes a pixel: of grey the high and the low one, of alpha likewise
         low.tile = [renamed(tile, {"LA;16B": "RGBA"}) for tile in low.tile]
-        low.load()
         bytes_ = np.asarray(low).astype(np.uint16)
         values = bytes_[..., 0::2] << 8 | bytes_[..., 1::2]
     else:
         low.tile = [renamed(tile, OTHER_BYTE) for tile in low.tile]
-        low.load()
+        values = np.asarray(low).astype(np.uint16)
         file.seek(0)
         image = Image.open(file, formats=formats())
-        image.load()
-        values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+        values |= np.asarray(image).astype(np.uint16) << 8
     info = facts(image)
     orientation = orientation_of(image, source)
     levels = to_levels(values[..., : values.shape[2] - 1 + values.shape[2] % 2], source, white)
@@ -554,10 +555,11 @@ def from_array(array: np.ndarray, source: Source) -> Image.Image:
     array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
         raise source.error(f"an array must be (H, W), (H, W, 3) or (H, W, 4), not {array.shape}")
+    refuse_size(array.shape[1::-1], source)
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
     elif array.dtype.kind == "f":
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+        if not (array.min() >= 0 and array.max() <= 1):  # NaN is neither
             raise source.error("an array of floats must lie in [0, 1]")
         array = (array * 255).round().astype(np.uint8)
     elif array.dtype != np.uint8:

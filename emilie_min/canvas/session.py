@@ -29,10 +29,10 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from ..checkpoint.schema import Blank, fault, parse, quote, strange
+from ..checkpoint.schema import Blank, fault, parse, strange
 from ..checkpoint.writing import alone_in, atomic_path
 from ..emilie import Editor
-from ..errors import CanvasError, first_line, note, plain_file, printable
+from ..errors import CanvasError, first_line, note, plain_file, printable, quote
 from .images import read_part
 from .pictures import LONGEST, TURNS
 from .regions import own_settings
@@ -109,7 +109,7 @@ def is_session(path: str | Path) -> bool:
         return True
     try:
         head = _head(path)
-    except OSError:
+    except (OSError, ValueError):
         return False
     return head == MAGIC or head[8:9] == b"{"
 
@@ -129,16 +129,30 @@ def write(canvas, path: str | Path) -> None:
     States that another process added meanwhile stay, which is told, and this canvas's follow them; the file then
     stands where this canvas does. Raises CanvasError, and the file is what it was.
     """
+    if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
+        raise CanvasError(f"a canvas is saved to a path, not to {quote(path)}")
     path = Path(path)
     try:
         if _add(canvas, path):
             return
         with alone_in(path.parent):
             if not _add(canvas, path):  # another process's may have come there meanwhile
+                _refuse_other(path)
                 with atomic_path(path) as partial:
                     _create(canvas, partial)
     except (OSError, sqlite3.Error) as error:
         raise _unwritten(path, error) from error
+
+
+def _refuse_other(path: Path) -> None:
+    """Raises CanvasError where a file is no canvas, which is then not to be replaced by one, but for an empty file."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with open(path, "rb") as file:
+        head = file.read(72)
+    ours = head[:16] == MAGIC and head[68:] in (b"", APPLICATION.to_bytes(4, "big"))
+    if not (ours or head[8:9] == b"{"):
+        raise CanvasError(f"{printable(path)} is there and no canvas: name another file")
 
 
 def start(canvas, path: Path) -> bool:
@@ -197,7 +211,7 @@ def _add(canvas, path: Path) -> bool:
         others = _fill(db, canvas)
         db.execute("COMMIT")
     if others:
-        note(f"{printable(path)} has edits that another process added meanwhile: all are kept")
+        note(f"{path} has edits that another process added meanwhile: all are kept")
     return True
 
 
@@ -412,7 +426,7 @@ def _state(i: int, row: Row, photo: tuple[int, int]) -> State:
         wrong = picture and tensor.shape != (*tensors["image"].shape[:2], *[3] * (name == "image"))
         if wrong or tensor.dtype != (torch.uint8 if picture else torch.float32):
             raise ValueError(f"state {i}: {name} has another size or type")
-        if not picture and not tensor.isfinite().all():
+        if not tensor.isfinite().all():
             raise ValueError(f"state {i}: {name} has numbers that are not finite")
     pictures = {name: Image.fromarray(t.numpy()) for name, t in tensors.items() if name == "image" or name in masks}
     regions = [(text, pictures.get(f"mask.{k}")) for k, text in enumerate(texts)]

@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..config import GATES, SamplingConfig
-from ..errors import SamplingError, printable
+from ..errors import SamplingError, quote
 
 RESCALES = ("paper", "signed", "exact", "none")  # how f is found: see `Canvas.image_latent`
 ITERATES = ("latent", "image")  # what the next edit starts from
 SAMPLERS = ("euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde")
 OWN = ("text_scale", "image_scale", "negative", "seed")  # what a region of several can set for itself
+MOST = 10**100  # digits of a seed, which follow it into every file
 CHOICES = {"gate": GATES, "rescale": RESCALES, "iterate": ITERATES, "sampler": SAMPLERS}
 
 
@@ -50,11 +51,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                given = printable(repr(getattr(self, name)), 60)
-                raise SamplingError(f"unknown {name} {given}: choose from {', '.join(allowed)}")
+            given = getattr(self, name)
+            if not isinstance(given, str) or given not in allowed:
+                raise SamplingError(f"unknown {name} {quote(given)}: choose from {', '.join(allowed)}")
         for name in ("soft", "keep_background", "allow_empty"):
-            self._set(name, bool(getattr(self, name)))
+            self._set(name, as_flag(getattr(self, name), name))
         for name in ("steps", "reuse"):
             if getattr(self, name) is not None:
                 self._set(name, as_int(getattr(self, name), name, 1, 1000))
@@ -91,26 +92,43 @@ class Settings:
         return {name: value for name, value in asdict(self).items() if name != "allow_empty"}
 
 
-def as_int(value: object, name: str, low: int | None = None, high: int | None = None) -> int:
-    """A whole number of any integer type as an int. Raises SamplingError."""
-    within = "" if low is None else f" from {low} to {high}"
+def as_flag(value: object, name: str) -> bool:
+    """True or False of any type, also as 1 or 0. Raises SamplingError for what merely counts as true, as "no" does."""
     try:
-        number = operator.index(value)  # type: ignore[arg-type]  # what has no index is told
-    except TypeError:
-        raise SamplingError(f"{name} must be a whole number{within}, not {value!r}") from None
-    if low is not None and high is not None and not low <= number <= high:
-        raise SamplingError(f"{name} must be a whole number{within}, not {number}")
+        plain = value.item()  # type: ignore[attr-defined]  # NumPy's and PyTorch's types
+    except Exception:
+        plain = value
+    if not isinstance(plain, int) or plain not in (0, 1):
+        raise SamplingError(f"{name} must be True or False, not {quote(value)}")
+    return bool(plain)
+
+
+def as_int(value: object, name: str, low: int | None = None, high: int | None = None) -> int:
+    """A whole number of any integer type, but for bool, as an int. Raises SamplingError."""
+    low, high = (-MOST, MOST) if low is None or high is None else (low, high)
+    within = f" from {low} to {high}" if high < MOST else f" of at most {len(str(MOST)) - 1} digits"
+    number = whole(value)
+    if number is None or not low <= number <= high:
+        raise SamplingError(f"{name} must be a whole number{within}, not {quote(value)}")
     return number
+
+
+def whole(value: object) -> int | None:
+    """A whole number of any integer type, but for bool; None: it is none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]  # what has none
+    except Exception:  # each type has its own way not to be one
+        return None
 
 
 def as_finite(value: object, name: str) -> float:
     """A finite number as a float. Raises SamplingError."""
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # each type has its own way not to be one
         number = math.inf
-    if not math.isfinite(number):
-        raise SamplingError(f"{name} must be a finite number, not {value!r}")
+    if not math.isfinite(number) or isinstance(value, bool):
+        raise SamplingError(f"{name} must be a finite number, not {quote(value)}")
     return number
 
 
@@ -126,8 +144,8 @@ def as_further(value: object, name: str) -> tuple[tuple[str, float], ...]:
     """Instructions with weights. Raises SamplingError."""
     try:
         pairs = [(text, weight) for text, weight in value]  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        raise SamplingError(f"{name} is instructions with weights, [(text, weight), ...], not {value!r}") from None
+    except Exception:
+        raise SamplingError(f"{name} is instructions with weights, [(text, weight), ...], not {quote(value)}") from None
     if not all(isinstance(text, str) and text.strip() for text, _ in pairs):
         raise SamplingError(f"{name}: say what, an instruction is a text and not empty")
     return tuple((text, as_finite(weight, f"{name}: a weight")) for text, weight in pairs)
@@ -139,6 +157,6 @@ def as_interval(value: object) -> tuple[float, float]:
         low, high = (float(level) for level in value)  # type: ignore[attr-defined]
         if 0 <= low < high:  # NaN is neither
             return low, high
-    except (TypeError, ValueError):
+    except Exception:
         pass
-    raise SamplingError(f"guidance_interval is two noise levels, (low, high) with 0 <= low < high, not {value!r}")
+    raise SamplingError(f"guidance_interval is two noise levels, (low, high) with 0 <= low < high, not {quote(value)}")

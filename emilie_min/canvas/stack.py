@@ -26,12 +26,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import CanvasError, printable
+from ..errors import CanvasError, printable, quote
 from ..sampling import Step
 from . import images, regions
 from .images import Mask
 from .regions import Asked
-from .settings import Settings, as_finite, as_part
+from .settings import Settings, as_finite, as_part, whole
 from .state import State
 
 APART, REACH = 0.35, 1  # how far a scaled latent, of unit variance, is another; cells around that count too
@@ -292,7 +292,7 @@ def wanted(canvas, change: str, k: int, *more, **revised) -> list[Layer]:
     """The stack after a change. Raises CanvasError and what an edit raises."""
     edits = layers(canvas)
     if change not in CHANGES:
-        raise CanvasError(f"no change {change!r} of the stack: choose from {', '.join(CHANGES)}")
+        raise CanvasError(f"no change {quote(change)} of the stack: choose from {', '.join(CHANGES)}")
     at = place(k, len(edits))
     one = edits[at]
     if change == "retract":
@@ -330,9 +330,10 @@ def scrub(canvas, layer: Layer, state: State, part: float, **revised) -> Layer:
 
 
 def place(k: object, n: int) -> int:
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= n:
-        raise CanvasError(f"no edit {k}: " + (f"the stack has edits 1 to {n}" if n else "the stack has none"))
-    return k - 1
+    number = whole(k)
+    if number is None or not 1 <= number <= n:
+        raise CanvasError(f"no edit {quote(k)}: " + (f"the stack has edits 1 to {n}" if n else "the stack has none"))
+    return number - 1
 
 
 def revise(
@@ -370,8 +371,8 @@ def change(canvas, name: str, k: int, *more, way: str = "support", **revised) ->
     The last new state is the result, and its `made` says how it came to be. Whoever stops in between leaves the canvas
     as it was.
     """
-    if way not in WAYS:
-        raise CanvasError(f"no way {way!r}: choose from {', '.join(WAYS)}")
+    if not isinstance(way, str) or way not in WAYS:
+        raise CanvasError(f"no way {quote(way)}: choose from {', '.join(WAYS)}")
     edits = wanted(canvas, name, k, *more, **revised)
     return _change(canvas, Walk(canvas, way), edits, {"change": name, "edit": k, "way": way})
 

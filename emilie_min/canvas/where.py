@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..errors import InstructionError
 from ..sampling import noise_stream
 from . import regions
 from .canvas import Canvas
+from .settings import as_finite
 from .strip import OUTLINE
 
 LEVELS, NOISES = (4.0, 8.0, 14.0), 2  # of sigma; noises at each. On the small world levels below 2 find the place less
@@ -26,8 +26,7 @@ def differences(canvas: Canvas, instruction: str) -> Tensor:
 
     Raises InstructionError.
     """
-    if not instruction.strip():
-        raise InstructionError("the instruction is empty: say what to change")
+    regions.read(instruction, None, False)
     editor, z = canvas.editor, canvas.latent
     z_img = canvas.image_latent()[0]
     total = torch.zeros(1, 1, *z.shape[2:])
@@ -41,7 +40,11 @@ def differences(canvas: Canvas, instruction: str) -> Tensor:
 
 
 def mask(canvas: Canvas, instruction: str, threshold: float = THRESHOLD) -> Image.Image | None:
-    """Where an instruction would act, as a mask at working size; None = everywhere. Raises InstructionError."""
+    """Where an instruction would act, as a mask at working size; None = everywhere.
+
+    Raises InstructionError, SamplingError.
+    """
+    threshold = as_finite(threshold, "threshold")
     return marked(differences(canvas, instruction), canvas.state.image.size, threshold)
 
 

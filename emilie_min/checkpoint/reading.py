@@ -95,7 +95,7 @@ def _renamed(path: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
     if len(set(names.values())) < len(names):
         raise CheckpointError(f"{path} holds the same tensor under two names")
     if prefix:
-        note(f"{printable(path)} keeps its tensors under {printable(prefix)}, which is left out")
+        note(f"{path} keeps its tensors under {prefix}, which is left out")
     return {
         names[key]: _fitted(names[key], replace(e, key=key) if names[key] != key else e) for key, e in entries.items()
     }
@@ -279,7 +279,7 @@ def _tensors(path: Path, state: object) -> dict[str, Tensor]:
     name = max(inner, key=lambda name: len(inner[name]), default=None)
     if name is None or not any(key.startswith((RAW, EMA, VAE)) for key in inner[name]):
         return {}
-    note(f"{printable(path)} keeps its tensors under {printable(name)!r}")
+    note(f"{path} keeps its tensors under {name!r}")
     return inner[name]
 
 
@@ -403,7 +403,7 @@ def key_map(networks: dict[str, nn.Module], keys, ema: str = "auto") -> tuple[di
     EMA weights are what the original samples with; they stand under the parameter's name without its dots. ema: "yes"
     and "no" want and leave them, "auto" takes them where there are any. Raises CheckpointError.
     """
-    if ema not in EMA_CHOICES:
+    if not isinstance(ema, str) or ema not in EMA_CHOICES:
         raise CheckpointError(f"ema must be one of {', '.join(EMA_CHOICES)}, not {printable(ema, 80)}")
     averaged = any(key.startswith(EMA + "diffusion_model") for key in keys)  # pruned copies may keep counters alone
     if ema == "yes" and not averaged:
@@ -552,7 +552,7 @@ def tell_apart(reader: Reader, names: dict[str, str], family: str, ema: str) -> 
     apart = math.sqrt(far / size) if size else 0.0
     if apart > LAG:
         note(
-            f"{printable(reader.path)} holds two UNets that are {apart:.0%} apart, as after a merge that left the old "
+            f"{reader.path} holds two UNets that are {apart:.0%} apart, as after a merge that left the old "
             "average: the average is used; --ema no (ema='no') takes the other"
         )
 

@@ -1,11 +1,10 @@
 """JSON from files, of a known shape; a clear fault where it is not. Nothing here needs PyTorch."""
 
 import json
-import reprlib
 from types import NoneType
 from typing import Any, get_args
 
-from ..errors import printable
+from ..errors import quote
 
 
 class Blank(str):
@@ -17,14 +16,6 @@ WORDS = {
 }  # fmt: skip
 
 Shape = type | dict | list
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 60
-
-
-def quote(value: object) -> str:
-    """A value of a file as it may stand in a message: at most 80 printable characters."""
-    return printable(_short.repr(value), 80)
 
 
 def parse(text: str | bytes, infinite: bool = False) -> Any:

@@ -89,4 +89,4 @@ def explain(error: OSError) -> str:
         return f"the disk is full ({error.strerror}): free some space or name another folder"
     if isinstance(error, PermissionError):
         return "this user may not write there: name another folder"
-    return first_line(error)
+    return error.strerror or first_line(error)

@@ -279,7 +279,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> GracoNet:
         with torch.device("meta"):
             net = GracoNet(**sizes)
     except Exception as error:  # whatever wrong sizes lead to
-        raise CheckpointError(f"{path}: no network has the sizes {printable(notes.get('config'), 200)}") from error
+        raise CheckpointError(
+            f"{printable(path)}: no network has the sizes {printable(notes.get('config'), 200)}"
+        ) from error
     wanted = {name: prefix + name for name in net.state_dict()}
     reading.fit(net, wanted, entries, DROPPED, str(path))
     reader = reading.Reader(path, entries)

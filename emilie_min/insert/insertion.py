@@ -8,6 +8,7 @@ an outline of its own; of several proposals the first is taken unless another is
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 
 import torch
 from PIL import Image, ImageDraw, ImageFilter
@@ -18,11 +19,11 @@ from ..canvas.insets import Inset, read_inset
 from ..canvas.photo import Photo
 from ..canvas.pictures import Picture
 from ..canvas.regions import Asked
-from ..canvas.settings import Settings, as_part
+from ..canvas.settings import Settings, as_int, as_part, whole
 from ..canvas.state import State
 from ..canvas.strip import INK, OUTLINE, PAPER, enlarge
 from ..emilie import Editor
-from ..errors import CanvasError, InstructionError, explain_oom, note, printable
+from ..errors import CanvasError, InstructionError, explain_oom, note, quote
 from ..loading import shipped
 from ..sampling import Step, get_sigmas, noise_stream
 from ..toy import judge, world
@@ -100,8 +101,10 @@ class Plan:
         return out
 
     def check(self, take: int) -> None:
-        if not 0 <= take < len(self.boxes):
-            raise CanvasError(f"there is no proposal {take + 1}, only 1 to {len(self.boxes)}")
+        number = whole(take)
+        if number is None or not 0 <= number < len(self.boxes):
+            asked = quote(take if number is None else number + 1)
+            raise CanvasError(f"there is no proposal {asked}, only 1 to {len(self.boxes)}")
 
     def steps(self, take: int = 0, **changes) -> Iterator[Step]:
         """The edit of a proposal, step by step, see `Canvas.steps`; what is given is checked at once."""
@@ -190,21 +193,29 @@ def plan(
     if inset.size[0] > canvas.original_size[0] or inset.size[1] > canvas.original_size[1]:
         size = f"{inset.size[0]}x{inset.size[1]} px"
         note(f"the inset of {size} is larger than the picture: it is scaled down to the place that it gets")
+    if proposer is not None and not callable(getattr(proposer, "propose", None)):
+        raise CanvasError(f"a proposer is what graconet.load gives, not {quote(proposer)}")
+    if captioner is not None and not callable(captioner):
+        raise InstructionError(f"a captioner gives a picture's caption, and {quote(captioner)} cannot be called")
     boxes = [box_at(canvas, at)] if at is not None else propose(canvas, inset, proposals, seed, proposer)
     if caption is None:
         captioner = load_captioner(editor) if captioner is None else captioner
         caption = captioner(inset.seen)
+    if not isinstance(caption, str):
+        raise InstructionError(f"the caption is a text, not {quote(caption)}")
     if not caption.strip():
         raise InstructionError("the caption is empty: say what the inset shows, as in --caption 'a red kite'")
     format = FORMATS[small_world(editor)] if format is None else format
-    made = Plan(canvas, inset, " ".join(caption.split()), boxes, format, photo)
     try:
-        made.instruction()
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        fields = [field for _, *field in Formatter().parse(format) if field[0] is not None]
+    except (TypeError, ValueError):
+        fields = [[None]]
+    known = ["caption", "", None], ["place", "", None]
+    if known[0] not in fields or not all(field in known for field in fields):
         raise InstructionError(
-            f"the format {printable(format, 80)!r} is not one with {{caption}} and {{place}}, as in {FORMATS[1]!r}"
-        ) from error
-    return made
+            f"the format {quote(format)} is not one with {{caption}} and {{place}}, as in {FORMATS[1]!r}"
+        )
+    return Plan(canvas, inset, " ".join(caption.split()), boxes, format, photo)
 
 
 def insert(canvas: Canvas | Photo, inset: Picture, take: int = 0, keep: float | None = None, **options) -> Image.Image:
@@ -250,10 +261,11 @@ def propose(
     Boxes that are too small for a latent's cells are left out, which is told. Raises CanvasError where no place is
     left: all boxes are too small or, in the small world, where that can be known, every one lies on an object.
     """
-    if not isinstance(n, int) or not 1 <= n <= MOST:
-        raise CanvasError(f"the number of proposals is from 1 to {MOST}, not {printable(n, 40)}")
+    number, n = n, whole(n) or 0
+    if not 1 <= n <= MOST:
+        raise CanvasError(f"the number of proposals is from 1 to {MOST}, not {quote(number)}")
     proposer = load_proposer(canvas.editor) if proposer is None else proposer
-    picture, seed = canvas.image, canvas.seed if seed is None else seed
+    picture, seed = canvas.image, canvas.seed if seed is None else as_int(seed, "seed")
     boxes = [inside(box, picture.size) for box in proposer.propose(picture, inset.seen, inset.mask, n, seed)]
     factor = canvas.editor.vae.factor
     large = [box for box in boxes if min(box[2:]) >= factor]

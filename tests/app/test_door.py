@@ -164,8 +164,8 @@ def test_a_malformed_event(name, caller):
     ],
 )
 def test_what_a_click_says_is_read_by_its_words(more, kept):
-    event = {"fn_index": 0, "session_hash": "a", "data": [], "trigger_id": [1], "event_data": more}
-    plain = door.Door(lambda *_: None, {0: []}).plain
+    event = {"fn_index": 0, "session_hash": "a", "data": [], "event_data": more}
+    plain = door.Door(lambda *_: None, {0: []}, SimpleNamespace(admit=lambda page: None)).plain
     told = json.loads(plain(json.dumps(event).encode()))
     assert told.keys() == {"fn_index", "session_hash", "data", "event_data"}
     assert told["event_data"].pop("asked") <= time.time() and told["event_data"] == kept
@@ -408,6 +408,14 @@ def test_a_mask_that_unpacks_to_more_than_the_picture(caller):
     assert len(caller.visitor.canvas.states) == 1
 
 
+def test_the_limits_are_those_of_a_small_server():
+    from emilie_min.app import page, visitor
+
+    assert door.EVENT <= 2**26 and door.UPLOAD <= 2**29 and door.HELD <= 2**30 and door.ROOM <= 2**32
+    assert door.WRONG <= 100 and 10 <= door.WHILE <= 3600
+    assert page.PAGES <= 1000 and page.WAITING <= 100 and visitor.REGIONS <= 64 and visitor.LONGEST <= 10_000
+
+
 def test_an_event_has_a_size(caller, monkeypatch):
     monkeypatch.setattr(door, "EVENT", 10_000)
     assert caller.join(EDIT, caller.edit("x" * 10_000))[0] == 413
@@ -428,6 +436,18 @@ def test_who_is_slow_is_not_waited_for(caller, monkeypatch):
     with socket.create_connection(("127.0.0.1", caller.page.port), 30) as line:
         line.sendall(b"GET / HTTP/1.1\r\n")
         assert line.recv(1000) == b""
+
+
+def test_an_address_has_so_many_connections(caller, monkeypatch):
+    pulse = caller.open_stream(f"/gradio_api/heartbeat/{caller.session}")
+    next(pulse)
+    for most in (2, 0):  # of an address, at all
+        monkeypatch.setattr(door, "MOST", most)
+        with socket.create_connection(("127.0.0.1", caller.page.port), 30) as line:
+            assert line.recv(1000) == b""
+    monkeypatch.undo()
+    assert caller.ask("GET", "/theme.css")[0] == 200
+    pulse.close()
 
 
 def test_files_are_made_one_at_a_time_of_a_visitor(page, caller, monkeypatch):
@@ -661,7 +681,7 @@ def test_with_a_link_that_works_once(editor):
 
 
 def test_of_wrong_passwords_no_endless_list_is_kept():
-    closed = door.Door(lambda *_: None, {}, local=False, auth=door.Auth("ann:pw"))
+    closed = door.Door(lambda *_: None, {}, None, local=False, auth=door.Auth("ann:pw"))
     for i in range(1500):
         scope = {"type": "http", "headers": [(b"authorization", b"Basic x")], "client": (f"address {i}", 1)}
         assert not closed.admits(door.Request(scope))

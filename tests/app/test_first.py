@@ -150,6 +150,8 @@ def test_what_a_picture_says_is_not_trusted(photo, capsys):
         ("{", "broken"),
         ('{"edits": 3}', "broken"),
         ('["edits"]', "broken"),
+        ('{"edits": {}}', "broken"),
+        (f'{{"edits": [], "x": "{"a" * 2**20}"}}', "broken"),  # longer than anything that is written
         ('{"edits": [{"instruction": 3, "settings": {}}]}', "broken"),
         ('{"edits": [{"instruction": "x", "settings": []}]}', "broken"),
         ("[" * 100000, "broken"),

@@ -56,7 +56,7 @@ def test_the_stack_is_told_and_changed(session, editor, capsys):
         (["hide", 1, 2], "write: emilie stack SESSION hide K"),
         (["move", 1], "move K TO"),
         (["strength", 1, "x"], "write numbers"),
-        (["hide", 1, "--steps", 3], "for `revise` and `scrub`"),
+        (["hide", 1, "--steps", 3], "--steps is for `revise` and `scrub`"),
         (["revise", 1], "say what to revise"),
         (["revise", 1, "--box", "0,0,9,9", "--everywhere"], "choose one"),
         (["hide", 7], "no edit 7"),

@@ -453,6 +453,14 @@ def editbench(tmp_path):
     return source
 
 
+def test_what_is_longer_than_any_benchmark_is_not_read(bench, tmp_path):
+    with open(tmp_path / "huge", "wb") as file:
+        file.truncate(2**28 + 1)
+    (tmp_path / "huge").replace(bench / "bench.jsonl")
+    with pytest.raises(BenchError, match="longer than 256 MB"):
+        data.read(bench)
+
+
 @pytest.mark.parametrize("polarity", readers.POLARITIES)
 def test_editbench_is_read_with_the_polarity_that_is_given(tmp_path, editbench, polarity):
     out = tmp_path / "out"

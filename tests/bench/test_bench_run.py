@@ -440,7 +440,7 @@ def test_torchrun_and_shard_split_the_work():
     assert which_shard("2/5", {"RANK": "0", "WORLD_SIZE": "1"}) == (2, 5)
     with pytest.raises(BenchError, match="both split the work"):
         which_shard("1/2", {"RANK": "0", "WORLD_SIZE": "2"})
-    for text in ("0/2", "3/2", "1", "a/b", "1/"):
+    for text in ("0/2", "3/2", "1", "a/2", "1/b", "1/"):
         with pytest.raises(BenchError, match="give I/N"):
             which_shard(text, {})
     for environ in ({"WORLD_SIZE": "x"}, {"WORLD_SIZE": "2", "RANK": "2"}, {"RANK": "-1"}, {"RANK": "\x1b"}):

@@ -310,7 +310,7 @@ def test_bad_edits_change_nothing(canvas, edit, error):
 
 def test_numbers_that_are_not_finite(editor, canvas, monkeypatch):
     monkeypatch.setattr(editor, "denoise", lambda x, *_: x * float("nan"))
-    with pytest.raises(SamplingError, match="not finite"):
+    with pytest.raises(SamplingError, match="the sampled latent is not finite"):
         canvas.edit(NIGHT, **FAST)
     assert canvas.history == []
     monkeypatch.setattr(editor, "encode", lambda x: torch.full((1, 4, 8, 8), float("nan")))
@@ -328,9 +328,14 @@ def test_out_of_memory_says_what_to_lower(editor, canvas, monkeypatch):
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(editor, "denoise", full)
+    for part in ("denoise", "decode"):
+        with monkeypatch.context() as patch:
+            patch.setattr(editor, part, full)
+            with pytest.raises(EmilieError, match="--resolution"):
+                canvas.edit(NIGHT, **FAST)
+    monkeypatch.setattr(editor, "encode", full)
     with pytest.raises(EmilieError, match="--resolution"):
-        canvas.edit(NIGHT, **FAST)
+        emilie.open(canvas.image, editor)
 
 
 def test_four_channels_cannot_edit(editor, monkeypatch):

@@ -146,18 +146,18 @@ def test_grey_with_a_grey_profile():
 
 
 @pytest.mark.parametrize(
-    ("image", "icc"),
+    ("image", "icc", "why"),
     [
-        (Image.fromarray(SCENE), b"junk"),
-        (Image.fromarray(SCENE), profile(space=b"GRAY")),
-        (Image.fromarray(SCENE).convert("CMYK"), profile()),
-        (Image.fromarray(SCENE), profile()[:200]),
+        (Image.fromarray(SCENE), b"junk", ""),
+        (Image.fromarray(SCENE), profile(space=b"GRAY"), "it is for GRAY and the picture is RGB"),
+        (Image.fromarray(SCENE).convert("CMYK"), profile(), "it is for RGB and the picture is CMYK"),
+        (Image.fromarray(SCENE), profile()[:200], ""),
     ],
 )
-def test_a_profile_that_cannot_be_used_is_told(image, icc):
+def test_a_profile_that_cannot_be_used_is_told(image, icc, why):
     image.info["icc_profile"] = icc
     result, notes = told(images.read_image, image)
-    assert len(notes) == 1 and "profile that cannot be used" in notes[0]
+    assert len(notes) == 1 and f"profile that cannot be used ({why}" in notes[0]
     assert off(result, SCENE) <= 3
 
 
@@ -280,6 +280,7 @@ def test_what_is_assumed_is_told(values, words, white):
     [
         np.where(GREY > 100, np.nan, 0.5).astype("<f4"),
         np.where(GREY > 100, np.inf, 0.5).astype("<f4"),
+        np.where(GREY > 100, -np.inf, 0.5).astype("<f4"),
         GREY.astype("<f4") * 400,
         GREY.astype("<f4") - 128,
         GREY.astype("<i4") * 3000,

@@ -281,6 +281,8 @@ def test_a_state_tells_its_regions(canvas):
         ([], None, InstructionError),
         ([NIGHT, DAY], None, InstructionError),
         ((NIGHT, LEFT), None, InstructionError),
+        ([3], None, InstructionError),
+        (["ab"], None, InstructionError),
         ([(NIGHT, LEFT), (DAY,)], None, InstructionError),
         ([(NIGHT, LEFT), (" ", RIGHT)], None, InstructionError),
         ([(LEFT, NIGHT)], None, InstructionError),

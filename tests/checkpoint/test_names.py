@@ -396,6 +396,7 @@ def test_some_other_folder(tmp_path):
     for part, stems in names.FOLDER.items():
         (tmp_path / part).mkdir()
         save_file({"x": torch.ones(1)}, tmp_path / part / f"{stems[0]}.safetensors")
+    assert "does not fit" in info(tmp_path)
     with pytest.raises(CheckpointError, match="--sha256 is of a file"):
         info(tmp_path, sha256=True)
     (tmp_path / "unet/diffusion_pytorch_model.safetensors").unlink()

@@ -27,6 +27,10 @@ def test_what_is_quoted_is_one_short_line_that_a_terminal_can_show(value, limit)
     assert len(told) <= limit and told.isprintable()
 
 
+def test_unless_it_is_asked_for_a_line_has_500_characters():
+    assert len(printable("x" * 10_000)) == 500
+
+
 @often
 @given(st.dictionaries(names, values) | values)
 def test_any_json_has_a_shape_or_a_fault_in_a_line(value):

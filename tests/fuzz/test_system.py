@@ -2,18 +2,20 @@
 
 import ast
 import builtins
+import errno
 import json
 import os
 import resource
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 import emilie_min as emilie
 from emilie_min.checkpoint import ready, writing
-from emilie_min.errors import explain_oom, hushed
+from emilie_min.errors import EmilieError, explain_oom, hushed
 
 from .judge import Case, files, full, judge, run
 from .kinds import MODEL, NIGHT, prepare
@@ -77,10 +79,43 @@ def test_a_full_disk(name, how, folder):
     assert judge(case, folder)[0] == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("name", ["an edit", "convert"])
+def test_a_signal_in_the_middle_of_a_file(name, number, folder):
+    """In a word, and nothing half written is left; also where a library makes another error of it."""
+    (folder / "out.safetensors").write_bytes(b"mine")
+    before = files(folder)
+
+    def ends(*_):
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt as stop:
+            raise ImportError("no") from stop
+
+    result = run(Case(LINES[name], before=lambda: setattr(os, "fsync", ends)), folder)
+    assert (result.code, result.err.splitlines()[-1:]) == (
+        128 + number,
+        ["emilie: interrupted; what was written before is complete"],
+    )
+    assert files(folder) == before
+
+
 def test_too_many_open_files_and_no_memory(folder):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     for limits in ({resource.RLIMIT_NOFILE: 4}, {resource.RLIMIT_AS: used + 3_000_000}):
         assert judge(Case(EDIT, True, limits=limits), folder)[0] == []
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(errno.ENOMEM, "no"), ImportError("x.so: failed to map segment")]
+)
+def test_no_memory_is_told_where_nothing_can_be_imported_either(error, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(EmilieError, match="out of memory here"), explain_oom("here"):
+        try:
+            raise error
+        finally:
+            raise ImportError("a library's own") from error
 
 
 def test_a_session_is_whole_after_a_full_disk(folder):
@@ -143,6 +178,15 @@ def test_memory_that_lacks_is_told_and_nothing_else_is_called_so(error, told):
         raise error
 
 
+@pytest.mark.parametrize("descriptor", [1, 2])
+def test_what_a_library_writes_past_python_goes_nowhere(descriptor, capfd):
+    for needed in (True, False):
+        with hushed(needed, descriptor):
+            os.write(descriptor, b"inside ")
+        os.write(descriptor, b"after ")
+    assert capfd.readouterr()[descriptor - 1] == "after inside after "
+
+
 def test_a_descriptor_that_is_closed_is_not_hushed():
     with hushed(descriptor=resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 1):
         pass
@@ -158,6 +202,15 @@ def test_nothing_of_posix_is_imported_where_a_module_begins():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", ())]
             assert not POSIX & {str(name) for name in names if not isinstance(node, ast.Global)}, path
+
+
+def test_a_folder_that_cannot_be_locked_is_written_to_all_the_same(monkeypatch, tmp_path):
+    import fcntl
+
+    monkeypatch.setattr(fcntl, "flock", full)
+    with writing.alone_in(tmp_path):
+        (tmp_path / "a").touch()
+    assert (tmp_path / "a").is_file()
 
 
 def test_without_what_windows_lacks(monkeypatch, tmp_path):

@@ -77,6 +77,12 @@ def test_pictures_are_prepared_and_put_together_as_there(golden):
     assert np.array_equal(graconet.paste(base, inset, mask, box), golden["composite"])
 
 
+@pytest.mark.parametrize("size", [(2000, 1), (1, 2000)])
+def test_what_is_too_thin_for_the_letterbox(size):
+    with pytest.raises(ImageError, match="too thin"):
+        graconet.prepare(Image.new("RGB", (64, 64)), Image.new("RGB", size), Image.new("L", size))
+
+
 def test_both_formulas_to_the_integer():
     for (*sizes,), trans, want in ABOUT["boxes"]:
         base, inset = tuple(sizes[:2]), tuple(sizes[2:])

@@ -40,6 +40,10 @@ def refusal(text, tmp_path):
     return message
 
 
+def test_what_is_longer_than_any_config_is_not_read(tmp_path):
+    assert "longer than 0.0625 MB" in refusal("#" * 2**16 + "\n", tmp_path)
+
+
 def test_the_originals_file_is_read_flat():
     """tests/data/small.yaml has every key of the original's generate.yaml, its training's too."""
     c = load_config(DATA / "small.yaml")

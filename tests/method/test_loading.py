@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import emilie_min as emilie
 from emilie_min.errors import CheckpointError, ConfigError, EmilieError, TokenizerError
@@ -23,6 +24,17 @@ from emilie_min.errors import CheckpointError, ConfigError, EmilieError, Tokeniz
 def test_what_load_cannot_use(args, error, match):
     with pytest.raises(error, match=match):
         emilie.load(**{"weights": "random", "config": "toy", "device": "cpu", **args})
+
+
+@pytest.mark.parametrize(
+    ("key", "why"),
+    [("x", "no key starts with"), ("model.diffusion_model.input_blocks.0.0.weight", "no built-in config")],
+)
+def test_a_file_that_no_config_fits(key, why, tmp_path):
+    others = {"first_stage_model.decoder.conv_in.weight": torch.zeros(1), "cond_stage_model.x": torch.zeros(1)}
+    save_file({key: torch.zeros(7, 3, 3, 3), **others}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=why):
+        emilie.load(tmp_path / "a.safetensors", device="cpu")
 
 
 def test_random_weights_are_the_same_every_time_and_leave_the_global_generator_alone():

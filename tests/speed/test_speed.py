@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from emilie_min.emilie import Editor
 from emilie_min.errors import EmilieError
 from emilie_min.loading import load
 from emilie_min.speed import against, measure, report
+from emilie_min.speed import run as running
 from emilie_min.speed.against import WAYS, Backend, builders
 from emilie_min.speed.cli import add_options
 from emilie_min.speed.measure import flops
-from emilie_min.speed.run import TRIES, Run, run
+from emilie_min.speed.run import TRIES, Run, TimeUp, run
 
 SMALL = ["--config", str(DATA / "small.yaml"), "--resolution", "64", "--steps", "2", "--repeats", "1"]
 TINY = ["--config", "toy", "--resolution", "32", "--steps", "2", "--repeats", "1", "--device", "cpu"]
@@ -323,6 +325,34 @@ def test_the_report_of_a_run_that_knows_nothing_yet():
     assert text.startswith("# emilie speed") and "##" not in text.removeprefix("#")
 
 
+def test_what_a_run_says_of_itself_and_of_a_failed_compiler(monkeypatch):
+    made = Run(setting(*TINY), time.monotonic(), lambda result: None)
+    for what, error in (("emilie, compiled", EmilieError), ("emilie, eager", RuntimeError)):
+        with pytest.raises(error, match="torch.compile failed: no C" if error is EmilieError else "^no C"):
+            with made._may_fail(what):
+                raise RuntimeError("no C compiler\nat all")
+    made.deadline = 0
+    with pytest.raises(TimeUp):
+        made._say("on it goes")
+    card = SimpleNamespace(**{name: getattr(made.editor, name) for name in ("unet", "config", "model")})
+    card.device = torch.device("cuda")
+    monkeypatch.setattr(running, "check_can_edit", lambda editor: None)
+    monkeypatch.setattr(running, "builders", lambda setting: {"emilie": lambda: SimpleNamespace(editor=card)})
+    with pytest.raises(EmilieError, match="--threads is for the CPU"):
+        Run(setting(*TINY, "--threads", "1"), time.monotonic(), lambda result: None)
+
+
+def test_the_most_memory_where_linux_does_not_tell_it(monkeypatch):
+    def unread(path):
+        raise FileNotFoundError(path)
+
+    told = measure.peak_rss()
+    monkeypatch.setattr(measure.Path, "read_text", unread)
+    assert 0.5 < measure.peak_rss() / told < 2
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert measure.peak_rss() == 0
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -330,6 +360,7 @@ def test_the_report_of_a_run_that_knows_nothing_yet():
         (["--steps", "0"], "must be a whole number"),
         (["--minutes", "-1"], "must be a positive number of minutes"),
         (["--minutes", "x"], "must be a positive number of minutes"),
+        (["--minutes", "0.0"], "must be a positive number of minutes"),
         (["--minutes", "0.00001"], "were over before there were weights"),
         (["--parts", "times,lunch"], "must be of equality,"),
         (["--resolution", "70"], "this model needs a multiple of"),

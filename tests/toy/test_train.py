@@ -253,8 +253,18 @@ def test_the_sister_begins_from_an_editing_model(tmp_path, monkeypatch, capsys):
     assert "do not fit" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", [("--twins", 2), ("--batch", 0), ("--minutes", -1), ("--places", "nan")])
+@pytest.mark.parametrize(
+    "bad",
+    [("--twins", 2), ("--twins", -0.1), ("--batch", 0), ("--batch", 10**6), ("--minutes", -1), ("--places", "nan"),
+     ("--places", 1.1), ("--places", -0.1)],
+)  # fmt: skip
 def test_bad_settings(bad, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, tmp_path / "out.safetensors", "--minutes", 0, *bad)
     assert bad[0] in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_weights_have_their_ending(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path / "out.ckpt", "--minutes", 0)
+    assert "written as a .safetensors file" in capsys.readouterr().err and not list(tmp_path.iterdir())
