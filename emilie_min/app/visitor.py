@@ -304,7 +304,6 @@ class Visitor:
         self.stopped, self.seen, started = False, "", time.time()
         self.asked(caption, "")
         plan = self.inserting.ready(self.opened().state, caption)
-        plan.check(take)
         settings["negative"], number = settings.get("negative") or None, settings.get("steps")
         if redrawn < 1:
             steps = plan.keep_steps(take, redrawn, **settings)

@@ -160,7 +160,7 @@ def test_what_is_no_session(editor, canvas, tmp_path):
             emilie.open(none, editor)
     assert not session.is_session(tmp_path)
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(CanvasError, match="no canvas of this version"):
+    with pytest.raises(CanvasError, match=f"^{path} is no canvas of this version"):
         emilie.open(path, editor)
     before(path, *of_before(canvas), format="emilie canvas 9")
     with pytest.raises(CanvasError, match="emilie canvas 9"):
@@ -482,10 +482,9 @@ def test_a_file_that_is_held_stays_and_a_damaged_one_gives_way(editor, canvas, t
         with pytest.raises(CanvasError, match="cannot write the canvas: database is locked"):
             canvas.save(path)
     assert path.read_bytes() == whole
-    for damaged in (session.MAGIC, whole[:100] + bytes(len(whole) - 100)):
-        path.write_bytes(damaged)
-        canvas.save(path)
-        assert len(emilie.open(path, editor).states) == 1
+    path.write_bytes(whole[:100] + bytes(len(whole) - 100))
+    canvas.save(path)
+    assert len(emilie.open(path, editor).states) == 1
     with pytest.raises(CanvasError, match="cannot write the canvas"):
         session.start(canvas, tmp_path / "none" / "c.canvas")
 
