@@ -202,6 +202,8 @@ def test_a_picture_of_another_world(shipped):
 def test_what_the_network_of_a_file_is():
     save_file({"shared_net.0.weight": torch.ones(1)}, f"{NAME}.safetensors", {"config": LONG})
     check(lambda: graconet.load(f"{NAME}.safetensors"))
+    with pytest.raises(EmilieError, match="no network has the sizes"):
+        graconet.load(f"{NAME}.safetensors")
 
 
 def test_what_the_command_writes_past_its_errors(capsys, monkeypatch):
