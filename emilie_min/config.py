@@ -112,6 +112,7 @@ ONLY = {  # what the networks here do not vary: another value would go unnoticed
     f"{VAE}.ddconfig.in_channels": 3, f"{VAE}.ddconfig.out_ch": 3,
     f"{TEXT}.text_config.max_position_embeddings": 77,
 }  # fmt: skip
+LISTS = ("attention_resolutions", "channel_mult", "ch_mult", "words")
 PLAIN = "are not read here, since they can multiply or reach this machine's environment: write the values out"
 NESTED = re.compile(r"([-?:][ \t]+){20}")  # YAML's readers take the square of the depth
 LONGEST = 2**16
@@ -149,7 +150,8 @@ def load_config(name: str | Path) -> Config:
         _check(config)
     except Exception as error:  # OmegaConf's own errors, those of the YAML reader below it, and of odd YAML
         key = key or getattr(error, "full_key", "")
-        reason = getattr(error, "problem", None) or first_line(error)
+        mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None) or first_line(error)
+        key = key or (f"line {mark.line + 1}" if mark else "")
         raise ConfigError(printable(f"config {name}: {f'{key}: ' if key else ''}{reason}")) from error
     config.name = str(name)
     return config
@@ -166,6 +168,9 @@ def _settings(given: dict[str, Any], above: str = "") -> Iterator[tuple[str, str
             _require(value == ONLY[path], f"{path} must be {str(ONLY[path]).lower()}, not {value}")
         elif path not in IGNORED:
             _require(above in SECTIONS, f"{path} is not a key that is known here")
+            _require(
+                key not in LISTS or isinstance(value, list) or value is None, f"{path} must be a list, as in [1, 2]"
+            )
             kinds = {*map(type, value)} if isinstance(value, list) else set()  # OmegaConf would let others pass
             _require(kinds <= {int, str}, f"{path} lists whole numbers, or words, with quotes round on, off, yes, no")
             yield SECTIONS[above], path, value
@@ -192,6 +197,9 @@ def _check(config: Config) -> None:
     _require(text.hidden_act in ("quick_gelu", "gelu"), "text: hidden_act must be quick_gelu or gelu")
     tokens = max(text.bos_token_id, text.eos_token_id, text.pad_token_id, len(text.words or ()) - 1)
     _require(tokens < text.vocab_size, f"text: vocab_size must exceed every token's number, {tokens} too")
+    words = text.words or []
+    twice = next((word for i, word in enumerate(words) if word in words[:i]), None)
+    _require(twice is None, f"text: words has {twice!r} twice, and so no right numbers")
     _require(diffusion.timesteps >= 2, "timesteps must be at least 2")
     _require(0 < diffusion.linear_start < diffusion.linear_end < 1, "0 < linear_start < linear_end < 1 must hold")
     _require(0 < diffusion.scale_factor < float("inf"), "scale_factor must be positive and finite")

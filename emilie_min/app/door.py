@@ -35,6 +35,7 @@ WRONG, WHILE = 10, 60.0  # passwords that an address may have wrong in so many s
 EVENT, UPLOAD = 2**25, 2**28  # bytes that an event and an uploaded file may have
 HELD, PATIENCE = 2**28, 120.0  # bytes of all events that are still arriving; seconds in which one has to
 SILENT = 10.0  # seconds in which a connection's first request has to begin
+MOST = 400  # connections at once, of which an address may have half
 PARTS = 10_000  # that an event may consist of, which are quick to read
 MAKERS = 2  # files that are made at once
 ROOM = 2**30  # bytes that an upload leaves free on the disk
@@ -79,6 +80,14 @@ class Auth(NamedTuple):
     link: str = ""
     cookie: str = ""
 
+    @property
+    def asks(self) -> str:
+        if self.cookie:
+            return (
+                "the link was used: only its browser may go on, by its cookie. Start the studio anew for another link"
+            )
+        return "user and password, please" if self.password else "open the link that was printed"
+
     def admits(self, request: Request) -> bool:
         basic = "Basic " + base64.b64encode(self.password.encode()).decode() if self.password else ""
         given = request.headers.get("authorization", ""), request.cookies.get("emilie", "")
@@ -90,10 +99,13 @@ def same(a: str, b: str) -> bool:
 
 
 class Connection(H11Protocol):
-    """One that is closed where it brings no request: of those that only stay open there could be any number."""
+    """One that is closed where it brings no request or is one too many: there could be any number of them."""
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
+        others = [one.client and one.client[0] for one in self.connections]
+        if len(others) > MOST or others.count(self.client and self.client[0]) > max(1, MOST // 2):
+            transport.close()
         self.loop.call_later(SILENT, lambda: self.cycle or transport.close())
 
 
@@ -164,10 +176,10 @@ class Door:
         if request.method == "GET" and path == "/" and self.auth.link and same(token, self.auth.link):
             self.auth = self.auth._replace(link="", cookie=secrets.token_urlsafe())
             answer = RedirectResponse("/", 303)
-            answer.set_cookie("emilie", self.auth.cookie, httponly=True, samesite="strict")
+            answer.set_cookie("emilie", self.auth.cookie, httponly=True, samesite="lax")
             return answer
         if not self.admits(request):
-            raise Refused(401, "user and password, please" if self.auth.password else "open the link that was printed")
+            raise Refused(401, self.auth.asks)
         allowed = {"GET": READ, "HEAD": re.compile("/"), "POST": WRITE}.get(request.method)
         if not allowed or not allowed.fullmatch(path) or ".." in path:
             raise Refused(404, "there is nothing here")

@@ -142,9 +142,9 @@ def run(args: argparse.Namespace) -> None:
         raise MaskError("--crop needs a --mask or --box: the crop is made round it")
     for regions in edits:  # so that the last edit's mask does not fail after an hour of edits
         check_edit(photo if target is photo else None, canvas, regions, args.soft, args.crop)
-    folder = writable(args.out)
     if args.canvas is not None:
         writable(args.canvas.parent, "--canvas")
+    folder = writable(args.out)
     if original is None:
         note(
             f"pictures are written at {canvas.image.width}x{canvas.image.height} px: name the picture for its own size"

@@ -10,7 +10,9 @@ import errno
 import importlib.util
 import os
 import secrets
+import signal
 import socket
+import sys
 import tempfile
 import threading
 import warnings
@@ -107,5 +109,9 @@ def studio(
     print(f"the studio is at {url} (stop it with Ctrl-C)", flush=True)
     if open_browser:
         threading.Timer(1, webbrowser.open, [url]).start()
+    if (
+        threading.current_thread() is threading.main_thread()
+    ):  # by either signal it ends as by the last line of a program
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with contextlib.suppress(KeyboardInterrupt), listener:
         server.run(sockets=[listener])

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -26,6 +27,7 @@ from ..canvas.preview import fit, look
 from ..canvas.regions import own_settings
 from ..canvas.session import is_session
 from ..canvas.settings import OWN
+from ..canvas.state import State
 from ..canvas.strip import OUTLINE, enlarge, strip
 from ..emilie import Editor
 from ..errors import CanvasError, EmilieError, ImageError, InstructionError, MaskError, printable
@@ -39,6 +41,7 @@ from .options import small_world
 SHOWN, THUMB = 512, 88  # px: up to where a small picture is shown enlarged; the height of those in the tree of edits
 LONGEST = 2000  # characters that are looked at for an instruction
 SAVES = ("picture", "strip", "canvas")
+STATES, PIXELS = 1000, 2**30  # of a canvas that is opened; px of all visitors' pictures, until which one is taken
 REGIONS, LOOK = 8, 0.3  # regions of an edit beside its own; seconds between two looks at what is denoised
 GENERAL = ("make it winter", "make it night", "turn it into a watercolor painting", "add a rainbow", "make it autumn")
 Told = tuple[str, float, Image.Image | None]  # what is done, how much of the whole, and how it looks so far
@@ -47,11 +50,11 @@ Told = tuple[str, float, Image.Image | None]  # what is done, how much of the wh
 class Visitor:
     """One visitor's canvas. What is done is told in a line; what cannot be is an EmilieError and changes nothing.
 
-    networks: of insertion, None = the small ones, of a small editor.
+    networks: of insertion, None = the small ones, of a small editor; all: the visitors that there are, by their keys.
     """
 
-    def __init__(self, editor: Editor, networks: Networks | None = None):
-        self.inserting = Inserting(networks or Networks(editor))
+    def __init__(self, editor: Editor, networks: Networks | None = None, all: Mapping[str, "Visitor"] | None = None):
+        self.inserting, self.all = Inserting(networks or Networks(editor)), {} if all is None else all
         self.editor, self.key = editor, secrets.token_urlsafe()  # the key: without it nobody sends or fetches a file
         self.photo: Photo | None = None
         self.session: Canvas | None = None  # one that was saved, whose photo is not here
@@ -69,12 +72,24 @@ class Visitor:
     def canvas(self) -> Canvas | None:
         return self.session if self.photo is None else self.photo.canvas
 
+    @property
+    def pixels(self) -> int:
+        """Of the pictures that are kept for this visitor at the size that they came in."""
+        pictures = [self.inserting.picture, self.photo and self.photo.photo]
+        return sum(picture.width * picture.height for picture in pictures if picture)
+
+    def check_room(self) -> None:
+        """Raises ImageError: the other visitors' pictures are large."""
+        if sum(one.pixels for one in list(self.all.values()) if one is not self) > PIXELS:
+            raise ImageError("too many large pictures are open here: come back later")
+
     @contextmanager
     def arrived(self) -> Iterator[tuple[str, str]]:
         """Path and name of the file that was uploaded, which is removed afterwards."""
         (name, folder), self.uploaded = self.uploaded, ("", None)
         if folder is None:
             raise ImageError(f"{printable(name, 100) or 'the file'} did not arrive: is it larger than 256 MB?")
+        self.check_room()
         with folder as place:
             (path,) = Path(place).iterdir()
             yield str(path), printable(os.path.basename(name or str(path)), 100)
@@ -87,9 +102,12 @@ class Visitor:
     def open(self, path: str, name: str = "") -> str:
         """Go on with a picture, or with a canvas that was saved (.canvas); name: what the visitor calls it."""
         name = printable(os.path.basename(name or path), 100)
+        self.check_room()
         with called(name, path) as notes:
             if is_session(path):
                 photo, session = None, open_canvas(path, self.editor)
+                if len(session.states) > STATES:
+                    raise CanvasError(f"{name} has {len(session.states)} states: the page shows {STATES} at most")
             else:
                 photo, session = self.read_photo(path), None
         if photo is not None and photo.canvas is self.session:
@@ -269,6 +287,7 @@ class Visitor:
     ) -> str:
         """`propose`, of an inset and its mask as data URLs; inset: "" = the file that was uploaded."""
         self.opened()
+        self.check_room()
         with self.arrived() if not inset else nullcontext(("", "")) as (path, name), called(name, path) as notes:
             self.inserting.take(sent(inset) if inset else path)
             if mask:
@@ -285,7 +304,6 @@ class Visitor:
         self.stopped, self.seen, started = False, "", time.time()
         self.asked(caption, "")
         plan = self.inserting.ready(self.opened().state, caption)
-        plan.check(take)
         settings["negative"], number = settings.get("negative") or None, settings.get("steps")
         if redrawn < 1:
             steps = plan.keep_steps(take, redrawn, **settings)
@@ -541,8 +559,10 @@ def tree_html(canvas: Canvas | None) -> str:
     if canvas is None:
         return ""
     children = {i: [] for i in range(len(canvas.states))}
+    tried = defaultdict(set)  # scales, by what else they are tried on
     for i, state in enumerate(canvas.states[1:], 1):
         children[state.parent].append(i)
+        tried[state.parent, state.instruction].add(scales(state))
     rows, row, column, parts, todo = 1, {}, {}, [], [0]
     while todo:  # depth first, so that no line crosses another
         i = todo.pop()
@@ -556,18 +576,15 @@ def tree_html(canvas: Canvas | None) -> str:
             parts.append(f'<i class="{"branch" if row[i] > row[parent] else ""}" style="{line}"></i>')
         about = ", ".join(f"{key} {value}" for key, value in state.settings.items())
         hidden = "" if state.shown or state.shown is None else "(hidden) "
+        several = len(tried[parent, state.instruction]) > 1
+        told = " <i>text {:g}, image {:g}</i>".format(*scales(state)) if several else ""
         parts.append(
             f'<button class="state{" here" if i == canvas.at else ""}" data-state="{i}" title="{escape(about)}" '
             f'style="grid-area:{row[i]}/{column[i]}"><img src="{data_url(enlarge(state.image, THUMB))}" alt="">'
-            f"<span><b>{i}</b> {hidden}{escape(state.instruction or 'start')}{scales(canvas, i)}</span></button>"
+            f"<span><b>{i}</b> {hidden}{escape(state.instruction or 'start')}{told}</span></button>"
         )
     return f'<div class="tree">{"".join(parts)}</div>'
 
 
-def scales(canvas: Canvas, i: int) -> str:
-    """The two scales of a state, where another of its parent's edits has others and the same instruction."""
-    own, both = canvas.states[i], ("text_scale", "image_scale")
-    alike = [s for s in canvas.states if s.parent == own.parent and s.instruction == own.instruction]
-    if own.parent is None or len({tuple(s.settings.get(name) for name in both) for s in alike}) < 2:
-        return ""
-    return f" <i>text {own.settings['text_scale']:g}, image {own.settings['image_scale']:g}</i>"
+def scales(state: State) -> tuple:
+    return tuple(state.settings.get(name) for name in TIMES)

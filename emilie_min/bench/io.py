@@ -3,9 +3,9 @@
 import io
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from ..canvas.pictures import TIFF, Source, formats, quiet, refuse_size
+from ..canvas.pictures import TIFF, Source, formats, quiet, refuse_foreign, refuse_size, unknown
 from ..checkpoint.schema import Shape, fault, parse
 from ..errors import BenchError, hushed, plain_file, printable
 
@@ -30,9 +30,13 @@ def open_picture(path: str | Path) -> Image.Image:
     source = Source(path, "picture", BenchError)
     with quiet(source):
         plain_file(path)
-        with open(path, "rb") as file, hushed(file.read(4) in TIFF):
+        with open(path, "rb") as file, hushed((head := file.read(4096))[:4] in TIFF):
+            refuse_foreign(head, Path(path).suffix.lower(), source)
             file.seek(0)
-            image = Image.open(file, formats=formats())
+            try:
+                image = Image.open(file, formats=formats())
+            except UnidentifiedImageError as cause:
+                source.fail(unknown(head), cause)
             refuse_size(image.size, source, file.seek(0, io.SEEK_END))
             image.load()
             return image

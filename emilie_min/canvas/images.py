@@ -275,6 +275,7 @@ def read_given(
     turned: int | None = None,
 ) -> Image.Image:
     """A mask as PIL "L" at the size at which it was given, see `read_mask`. Raises MaskError."""
+    source = Source(mask, "mask", MaskError)
     if isinstance(mask, (tuple, list)):
         if len(mask) != 4 or not all(isinstance(v, (int, np.integer)) for v in mask):
             raise MaskError(f"a box is four whole numbers x0, y0, x1, y1, not {quote(mask)}")
@@ -286,21 +287,19 @@ def read_given(
             )
         image = Image.new("L", original)
         image.paste(255, (x0, y0, x1, y1))
-        source = Source(mask, "mask", MaskError)
     else:
-        source = Source(mask, "mask", MaskError)
         source.sizes = [original, working]  # what a file has is known before it is unpacked
         stored = read_stored(mask, source)
         image = masks.meaning(stored, source, soft, isinstance(mask, np.ndarray))
         image = turn_alike(image, original, working, turned, stored.info.get("orientation"), source)
         if image.size not in (original, working):
-            raise MaskError(
-                f"the mask has {image.width}x{image.height} px and the picture {original[0]}x{original[1]}: "
+            source.fail(
+                f"has {image.width}x{image.height} px and the picture {original[0]}x{original[1]}: "
                 "make them the same size"
             )
     tell(source)
     if not image.getbbox():
-        raise MaskError("the mask is empty: white marks where to edit")
+        source.fail("is empty: white marks where to edit")
     return image
 
 

@@ -29,7 +29,7 @@ def meaning(image: Image.Image, source: Source, soft: bool = False, array: bool 
         mask = of_transparent(bare, alpha, source)
     if mask.getextrema()[1] == 1:
         if not array:
-            raise source.error(f"the mask's values are 0 and 1 of 255, black to the eye: use 0 and 255; {HOW}")
+            source.fail(f"has the values 0 and 1 of 255, black to the eye: use 0 and 255; {HOW}")
         source.tell("has the values 0 and 1 of 255, black to the eye: 1 is taken for white")
         mask = mask.point(lambda v: 255 * v)
     greys, levels = share(mask, *MIDDLE), np.count_nonzero(mask.histogram())

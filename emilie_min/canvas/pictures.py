@@ -35,6 +35,7 @@ DRAWING = "it is a drawing, not pixels", "export it as PNG at the size that you 
 LAYERS = "it is an editor's own file with layers", "export it as PNG"
 SCIENCE = "it holds data and not a picture", "save what you want to see as an 8-bit PNG"
 OTHER = "it is not a picture", "name a PNG, JPEG, WebP, TIFF, ..."
+AGAIN = "copy or download it again"
 FOREIGN = (  # where in the file, what stands there, what it is, the way out
     (0, b"%!PS", *DRAWING),
     (0, b"\xc5\xd0\xd3\xc6", *DRAWING),  # EPS with a preview
@@ -123,7 +124,8 @@ def open_picture(picture: Picture) -> Image.Image:
     """
     source = Source(picture, "picture", ImageError)
     stored = read_stored(picture, source)
-    image = to_srgb(stored, source)
+    with quiet(source):
+        image = to_srgb(stored, source)
     if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] == 255:
         image = image.convert("RGB")
     turned = stored.info.get("orientation")
@@ -195,8 +197,10 @@ class quiet:
             self.source.fail("is too large to be read: scale it down first", cause)
         if isinstance(cause, MemoryError):
             self.source.fail("does not fit in memory: scale it down first", cause)
-        reason = printable(cause, 200) or type(cause).__name__
-        self.source.fail(f"cannot be read as a picture: {reason}", cause)
+        if isinstance(cause, OSError) and cause.strerror:  # nothing of the file was read
+            self.source.fail(f"cannot be read as a picture: {cause.strerror}", cause)
+        said = isinstance(cause, (OSError, SyntaxError, ValueError)) and printable(cause, 200)
+        self.source.fail(f"cannot be read as a picture: it is damaged{f' ({said})' if said else ''}; {AGAIN}", cause)
 
 
 @cache
@@ -204,6 +208,14 @@ def formats() -> list[str]:
     """Of FORMATS, what this Pillow has."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
+
+
+def unknown(head: bytes) -> str:
+    """What is wrong with a file that begins like this, of which no reader of FORMATS took more than the beginning."""
+    named = next((name for name in formats() if (takes := Image.OPEN[name][1]) and takes(head[:16]) is True), None)
+    if named is not None:
+        return f"cannot be read as a picture: it is a damaged {named}; {AGAIN}"
+    return "cannot be read as a picture: its format is unknown; save it as PNG or JPEG"
 
 
 def read_file(file: BinaryIO, source: Source, suffix: str = "") -> Image.Image:
@@ -238,7 +250,7 @@ def refuse_size(size: tuple[int, int], source: Source, nbytes: int | None = None
         source.fail(f"has {width}x{height} px, which is nothing")
     if source.sizes and not {size, size[::-1]} & {*source.sizes}:
         wanted = "{}x{}".format(*source.sizes[0])
-        raise source.error(f"the mask has {width}x{height} px and the picture {wanted}: make them the same size")
+        source.fail(f"has {width}x{height} px and the picture {wanted}: make them the same size")
     if nbytes is not None and width * height > max(MANY, BARE * nbytes):
         source.fail(f"has {width}x{height} px in {nbytes >> 10} KB, which no photo has: scale it down first")
 
@@ -246,7 +258,7 @@ def refuse_size(size: tuple[int, int], source: Source, nbytes: int | None = None
 def refuse_foreign(head: bytes, suffix: str, source: Source) -> None:
     """What Pillow could not read, or would read as something else, by FOREIGN, BRANDS and a few words of text."""
     if not head:
-        source.fail("cannot be read as a picture: the file is empty; copy or download it again")
+        source.fail("cannot be read as a picture: the file is empty; " + AGAIN)
     found = next(((what, way) for at, magic, what, way in FOREIGN if head[at : at + len(magic)] == magic), None)
     if suffix in RAW_SUFFIXES and (head[:4] in (b"II*\0", b"MM\0*") or not found):
         found = RAW
@@ -285,7 +297,7 @@ def read_otherwise(file: BinaryIO, head: bytes, source: Source, cause: Exception
             source.tell(f"holds {len(pictures)} pictures: the first is used; save another alone to use that")
         return upright(image, source)
     if head[:4] not in TIFF:
-        source.fail("cannot be read as a picture: its format is unknown; save it as PNG or JPEG", cause)
+        source.fail(unknown(head), cause)
     try:
         import tifffile
     except ImportError:
@@ -432,16 +444,14 @@ def read_deep_colours(image: Image.Image, file: BinaryIO, source: Source) -> Ima
     low = Image.open(file, formats=formats())
     if layout(low.tile[0]) == "LA;16B":  # four bytes a pixel: of grey the high and the low one, of alpha likewise
         low.tile = [renamed(tile, {"LA;16B": "RGBA"}) for tile in low.tile]
-        low.load()
         bytes_ = np.asarray(low).astype(np.uint16)
         values = bytes_[..., 0::2] << 8 | bytes_[..., 1::2]
     else:
         low.tile = [renamed(tile, OTHER_BYTE) for tile in low.tile]
-        low.load()
+        values = np.asarray(low).astype(np.uint16)
         file.seek(0)
         image = Image.open(file, formats=formats())
-        image.load()
-        values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+        values |= np.asarray(image).astype(np.uint16) << 8
     info = facts(image)
     orientation = orientation_of(image, source)
     levels = to_levels(values[..., : values.shape[2] - 1 + values.shape[2] % 2], source, white)
@@ -507,7 +517,7 @@ def to_levels(values: np.ndarray, source: Source, white: int | None = None) -> n
     if values.dtype == np.uint8:
         return values
     low, high = values.min(), values.max()
-    if not (math.isfinite(low) and math.isfinite(high)):
+    if not math.isfinite(float(high) - float(low)):
         source.fail("has values that are not numbers (NaN or infinite): write it again without them")
     if white is not None and high > white:
         white = None
@@ -521,7 +531,7 @@ def to_levels(values: np.ndarray, source: Source, white: int | None = None) -> n
             source.tell(f"{told}{white} is assumed to be white{cut}")
     elif white is None:
         bits = next((bits for bits in DEPTHS if high < 2**bits), 31 if high < 2**31 else 32)
-        if bits > 16 and high < 2**30:
+        if bits > 16 and not 2**30 <= high < 2**32:
             source.fail(f"{told}scale it to 8 bits first")
         white = 2**bits - 1
         if high and (bits != deep or bits > 16):
@@ -578,7 +588,7 @@ def to_srgb(image: Image.Image, source: Source) -> Image.Image:
         out = by_numbers(bare, 563 / 256, ADOBE_RGB)
     elif 0.2 < image.info.get("gamma", 0) <= 1.2 and abs(image.info["gamma"] - 1 / 2.2) > 0.02:
         out = by_numbers(bare, 1 / image.info["gamma"], np.eye(3, dtype=np.float32))
-    primaries = image.info.get("chromaticity", SRGB_PRIMARIES)
+    primaries = image.info.get("chromaticity") or SRGB_PRIMARIES  # of none, as in a chunk without content
     if not profile and max(abs(a - b) for a, b in zip(primaries, SRGB_PRIMARIES)) > 0.01:
         source.tell("names primary colours other than sRGB's (cHRM) and has no profile: they are taken for sRGB's")
     out = (out or bare).convert("RGB")

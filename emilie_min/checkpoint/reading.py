@@ -11,6 +11,7 @@ import mmap
 import os
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ HARMLESS_CALLS = {"numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.mu
                   "collections.defaultdict", "builtins.frozenset", "pathlib.PosixPath",
                   "pathlib.WindowsPath"}  # fmt: skip
 LARGE_CALL = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")  # PyTorch lets it take any memory
+NUMBERED = re.compile(r"[^/]*/data/(\d{1,9})")  # a tensor's record
 HELD = 64_000_000  # bytes that a reader maps before it lets them go
 
 
@@ -220,7 +222,8 @@ def _index_ckpt(path: Path, inside: str | None = None) -> dict[str, Entry]:
         raise CheckpointError(f"{path} is cut short: {wrong}")
     try:
         records = _records(path)
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with _speechless():
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         placeholders: list[Any] = [(_Placeholder(name, (), {}), name) for name in names]
         with _speechless(), FakeTensorMode(), torch.serialization.safe_globals(placeholders), open(path, "rb") as f:
             state = torch.load(f, weights_only=True)  # not by its path, whose name torch.load would believe
@@ -232,7 +235,8 @@ def _index_ckpt(path: Path, inside: str | None = None) -> dict[str, Entry]:
     except Exception as error:  # whatever unpickling a hostile or broken file can raise
         lines = str(error).partition("WeightsUnpickler error:")[2] or str(error).rpartition("trusted source.")[2]
         reason = next((line.strip() for line in lines.splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(f"{path} is refused, nothing of it was run: {reason}") from error
+        wrong = f"it is damaged, or no weights of PyTorch's ({printable(reason, 200)})"
+        raise CheckpointError(f"{path} is refused, nothing of it was run: {wrong}. Fetch it again") from error
     if not entries:
         raise CheckpointError(f"{path} holds no state_dict of tensors")
     return entries
@@ -240,11 +244,13 @@ def _index_ckpt(path: Path, inside: str | None = None) -> dict[str, Entry]:
 
 @contextmanager
 def _speechless() -> Iterator[None]:
-    """What PyTorch logs of a tensor that it then raises an error for."""
+    """What PyTorch logs of a tensor that it then raises an error for, or warns of in its own old classes."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         log.disabled = before
 
@@ -279,7 +285,7 @@ def _tensors(path: Path, state: object) -> dict[str, Tensor]:
 
 def _records(path: Path) -> dict[int, int]:
     """Where each record of a zip file begins, and its length. Those of other machines or tools are refused."""
-    records = {}
+    records, numbers, ordered = {}, {}, False
     with zipfile.ZipFile(path) as z, open(path, "rb") as f:
         for record in z.infolist():
             if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
@@ -291,6 +297,13 @@ def _records(path: Path) -> dict[int, int]:
             f.seek(record.header_offset + 26)
             begin = record.header_offset + 30 + sum(struct.unpack("<2H", f.read(4)))
             records[begin] = record.file_size
+            numbers[begin] = int(found[1]) if (found := NUMBERED.fullmatch(record.filename)) else -1
+            ordered |= record.filename.endswith("/.format_version")
+    placed = [numbers[begin] for begin in sorted(numbers) if numbers[begin] >= 0]
+    if ordered and placed != sorted(placed):  # of these PyTorch finds each by the length of those before
+        raise CheckpointError(
+            "its records stand in another order than PyTorch's. Load it with PyTorch and save it anew"
+        )
     return records
 
 

@@ -63,7 +63,13 @@ class Tokenizer:
             raise InstructionError(
                 f"the instruction holds half a character, {text[error.start]!r}: retype it"
             ) from error
-        return self._clip.encode(text, add_special_tokens=False)
+        ids = self._clip.encode(text, add_special_tokens=False)
+        if self._clip.unk_token_id in ids and END not in text:
+            wrong = (
+                f'the vocab.json that was found lacks tokens for "{printable(text, 60)}": it is damaged, or not CLIP\'s'
+            )
+            raise TokenizerError(f"{wrong}. `emilie download --tokenizer` fetches CLIP's")
+        return ids
 
     def _text(self, ids: list[int]) -> str:
         return " ".join(self.config.words[i] for i in ids) if self.config.words else str(self._clip.decode(ids))
@@ -77,8 +83,12 @@ class Tokenizer:
         for folder in self.folders + ([Path(cached).parent] if isinstance(cached, str) else []):
             if all((folder / name).is_file() for name in TOKENIZER_FILES):
                 try:
-                    if END not in parse((folder / "vocab.json").read_text(encoding="utf-8")):
+                    vocabulary = parse((folder / "vocab.json").read_text(encoding="utf-8"))
+                    if END not in vocabulary:
                         raise ValueError(f"vocab.json has no {END}")
+                    numbers = [*vocabulary.values()]  # of what is no number tokenizers would say nothing
+                    if {*map(type, numbers)} != {int} or sorted(numbers) != [*range(len(numbers))]:
+                        raise ValueError("vocab.json does not number its tokens from 0 on, each once")
                     with hushed(descriptor=1):  # tokenizers quotes its files there
                         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
                 except Exception as error:  # tokenizers raises bare Exceptions

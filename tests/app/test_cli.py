@@ -237,6 +237,10 @@ BAD = {
     "unknown config": (["photo.png", "make it night", "--config", "none.yaml"], "none.yaml"),
     "tokenizer of nothing": (["photo.png", "make it night", "--tokenizer", "none"], "vocab.json"),
     "device of nothing": (["photo.png", "make it night", "--device", "meta"], "cannot be used"),
+    "canvas in a file": (
+        ["photo.png", "make it night", "--canvas", "photo.png/c.canvas"],
+        "another folder with --canvas",
+    ),
     "output in a file": (["photo.png", "make it night", "--out", "photo.png"], "cannot write"),
     "canvas of garbage": (["photo.png", "make it night", "--canvas", "photo.png"], "canvas"),
 }

@@ -107,6 +107,7 @@ def test_what_cannot_be_inserted_is_told_and_harms_nothing(visitor):
         ({"take": 4}, CanvasError, "no proposal 5, only 1 to 4"),
         ({"take": -1}, CanvasError, "no proposal 0"),
         ({"caption": "a zeppelin"}, InstructionError, "'zeppelin'"),
+        ({"caption": "a red circle " * 999}, InstructionError, "of 12987 characters is too long"),
         ({"redrawn": -1.0}, emilie.EmilieError, "keep"),
     ):
         with pytest.raises(error, match=told):

@@ -7,12 +7,15 @@ import itertools
 import json
 import re
 import shutil
+import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -149,6 +152,36 @@ def test_a_bad_upload_is_told_by_its_name_and_harms_nothing(session, tmp_path):
         with pytest.raises(kind, match=f"^{name} cannot be read"):
             session.open(str(path))
         assert session.canvas is canvas and session.name == "scene3"
+
+
+def test_a_canvas_of_many_states_is_not_for_the_page(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(visitor, "STATES", 1)
+    edit(session, "make it night", steps=1)
+    canvas, data = session.canvas, session.file("canvas")[1]
+    (tmp_path / "a.canvas").write_bytes(data)
+    with pytest.raises(CanvasError, match="a.canvas has 2 states: the page shows 1 at most"):
+        session.open(str(tmp_path / "a.canvas"))
+    assert session.canvas is canvas
+
+
+def test_where_others_have_large_pictures_no_more_are_taken(editor, monkeypatch):
+    everyone: dict = {}
+    first, second = (Visitor(editor, None, everyone) for _ in range(2))
+    everyone.update(a=first, b=second)
+    url = visitor.data_url(world.render(world.scene(3)))
+    first.open_url(url)
+    first.propose_url(url, "", "a square", painted((0, 0, 32, 32)), 4, None)
+    assert first.pixels == 2 * 64 * 64
+    monkeypatch.setattr(visitor, "PIXELS", first.pixels - 1)
+    second.new_scene(4)
+    for take in (lambda: second.open_url(url), lambda: second.propose_url(url, "", "", "", 4, None)):
+        with pytest.raises(ImageError, match="too many large pictures"):
+            take()
+    for take in (second.open_uploaded, second.drop_uploaded, second.mask_uploaded):
+        with pytest.raises(ImageError, match="too many large pictures"):
+            second.uploaded = "a.png", tempfile.TemporaryDirectory()
+            take()
+    first.open_url(url)  # who has them may change them
 
 
 def test_a_saved_canvas_goes_on(session, editor, tmp_path):
@@ -353,16 +386,22 @@ def test_steps_can_be_looked_at(session):
 # ---- starting
 
 
-def test_a_port_that_is_none_is_told():
-    with pytest.raises(EmilieError, match="choose another --port"):
-        studio.listen(port=99999)
-
-
 def test_a_port_that_is_taken_is_told(editor):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(EmilieError, match=f"cannot serve on 127.0.0.1:{port}: .*in use; choose another --port"):
             studio.studio(editor, port=port)
+
+
+def test_a_signal_ends_it_so_that_its_folders_go(editor, monkeypatch):
+    server = SimpleNamespace(run=lambda sockets: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(studio, "serve", lambda *_: (None, server))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit):  # and not the end on the spot that the signal is without
+            studio.studio(editor, port=0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(
@@ -574,18 +613,19 @@ def test_keys_a_small_window_the_dark_and_the_picture_before(person):
 def test_what_goes_wrong_is_told_on_the_page_and_harms_nothing(person, tmp_path):
     session = person.visit()
     canvas, before = session.canvas, person.shown()
-    broken = tmp_path / "broken.png"
+    broken = tmp_path / "<img src=x onerror=document.title=1>.png"
     broken.write_bytes(b"\x89PNG\r\n")
     person.upload(broken)
-    person.until(lambda: "broken.png cannot be read as a picture" in person.told)
-    person.say("make it winter <b>")
+    person.until(lambda: f"{broken.name} cannot be read as a picture" in person.told)
+    person.say("make it winter <b> ${document.title=2}")
     person.click("#go")
-    person.until(lambda: "does not know 'winter', '<b>'" in person.told)
+    person.until(lambda: "does not know 'winter', '<b>', '${document'" in person.told)
     person.say("make it night")
     person.click("[data-tool=erase]")
     person.drag((8, 8), (8, 56))
     person.click("#go")
     person.until(lambda: "nothing is painted" in person.told)
+    assert person.driver.title == "EMILIE studio"
     assert session.canvas is canvas and len(canvas.states) == 1
     assert np.array_equal(person.shown(), before) and len(person.all("#edits .state")) == 1
 

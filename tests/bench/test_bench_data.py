@@ -167,10 +167,10 @@ OPENED = {  # a picture spoilt, and what `check` must say
     "image: .* cannot be read as a picture": lambda folder: (folder / "images/a.png").write_bytes(b"\x89PNG"),
     "image: .* too small: 16 px a side at least": saved("images/a.png", picture((8, 8))),
     r"turns.0..mask: .*masks/a.png cannot be read": lambda folder: (folder / "masks/a.png").write_text("no"),
-    r"turns.0..mask: the mask has 48x64 px and the picture 64x48: make them the same": saved(
+    r"turns.0..mask: the mask .*/masks/.*png has 48x64 px and the picture 64x48: make them the same": saved(
         "masks/a.png", box((48, 64))
     ),
-    "turns.0..mask: the mask is empty: white marks": saved("masks/a.png", Image.new("L", (64, 48))),
+    "turns.0..mask: the mask .*/masks/a.png is empty: white marks": saved("masks/a.png", Image.new("L", (64, 48))),
     "turns.0..mask: nothing is left of the mask: it is fainter": saved("masks/a.png", box().point(lambda v: v // 4)),
 }
 
@@ -189,7 +189,7 @@ def test_check_opens_regions_and_targets_and_compares_truths_with_the_picture(be
     saved("masks/tall.png", box((48, 64)))(bench)
     (bench / "images/broken.png").write_text("no")
     for change, told in (
-        (turned(region="masks/tall.png"), "turns[1].region: the mask has 48x64 px"),
+        (turned(region="masks/tall.png"), f"turns[1].region: the mask {bench}/masks/tall.png has 48x64 px"),
         (turned(target="images/broken.png"), "turns[1].target: "),
         (turned(truth=SCENE.to_dict()), "truth: the picture is 64x48 px and no picture of the small world"),
     ):
@@ -275,7 +275,7 @@ def test_nothing_half_written_remains(tmp_path):
     assert "mask.png" in refused(data.write, tmp_path / "out", items)  # item 2's mask is missing
     small = replace(items[0], turns=(Turn("x", box((32, 32))),))
     message = refused(data.write, tmp_path / "out", [small])  # found by the check of the whole
-    assert f"{tmp_path}/out/bench.jsonl:1: turns[0].mask: the mask has 32x32 px" in message
+    assert f"{tmp_path}/out/bench.jsonl:1: turns[0].mask: the mask {tmp_path}/out/masks/" in message
     assert "line 1 too" in refused(data.write, tmp_path / "out", [items[0], items[0]])
     assert "an id must be of letters" in refused(data.write, tmp_path / "out", [replace(items[0], id="../up")])
     assert "there is no item to put into it" in refused(data.write, tmp_path / "out", [])

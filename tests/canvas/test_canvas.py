@@ -328,9 +328,14 @@ def test_out_of_memory_says_what_to_lower(editor, canvas, monkeypatch):
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(editor, "denoise", full)
+    for part in ("denoise", "decode"):
+        with monkeypatch.context() as patch:
+            patch.setattr(editor, part, full)
+            with pytest.raises(EmilieError, match="--resolution"):
+                canvas.edit(NIGHT, **FAST)
+    monkeypatch.setattr(editor, "encode", full)
     with pytest.raises(EmilieError, match="--resolution"):
-        canvas.edit(NIGHT, **FAST)
+        emilie.open(canvas.image, editor)
 
 
 def test_four_channels_cannot_edit(editor, monkeypatch):

@@ -35,8 +35,9 @@ def test_native_size_rounds_down():
 
 @pytest.mark.parametrize("resolution", [0, -64, 32, 1.5, "big"])
 def test_unusable_resolutions(resolution):
-    with pytest.raises(ImageError, match="resolution must be"):
-        images.fit_size((512, 512), resolution, 64)
+    for size in (images.fit_size, images.near_size):
+        with pytest.raises(ImageError, match="resolution must be"):
+            size((512, 512), resolution, 64)
 
 
 def test_pixels_survive_the_round_trip():
@@ -70,8 +71,10 @@ def test_unreadable_pictures(tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("not a picture")
     with pytest.raises(ImageError, match="cannot be read"):
         images.read_image(tmp_path / "text.png")
-    with pytest.raises(ImageError, match="cannot be read"):
+    with pytest.raises(ImageError, match="cannot be read as a picture: it is a folder"):
         images.read_image(tmp_path)
+    with pytest.raises(ImageError, match="cannot be read as a picture: File name too long"):
+        images.read_image(tmp_path / ("x" * 300))
     for suffix in ("png", "jpg", "bmp", "tif"):
         gradient(200, 200).save(tmp_path / f"whole.{suffix}")
         data = (tmp_path / f"whole.{suffix}").read_bytes()
@@ -83,8 +86,17 @@ def test_unreadable_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ImageError, match=f"^{tmp_path}/whole.png is too large"):
         images.read_image(tmp_path / "whole.png")
-    with pytest.raises(ImageError, match="lower the resolution"):
-        images.fit_size((9000, 9000), "native", 64)
+    for size, resolution in ((images.fit_size, "native"), (images.near_size, 9000)):
+        with pytest.raises(ImageError, match="lower the resolution"):
+            size((9000, 9000), resolution, 64)
+
+
+def test_what_libtiff_says_goes_nowhere(tmp_path, capfd):
+    gradient(200, 200).save(tmp_path / "a.tif", compression="tiff_lzw")
+    data = (tmp_path / "a.tif").read_bytes()
+    with pytest.raises(ImageError):
+        images.read_image(data[:100] + bytes(1000) + data[1100:])
+    assert capfd.readouterr().err == ""
 
 
 def test_restored_to_its_size_a_picture_keeps_the_edges_that_were_cropped_off():

@@ -289,7 +289,9 @@ def test_what_is_assumed_is_told(values, words, white):
     ],
 )
 def test_values_that_mean_nothing_are_refused(values):
-    with pytest.raises(ImageError, match="has values"):
+    with pytest.raises(
+        ImageError, match="has values " + ("from" if np.isfinite(values).all() else "that are not numbers")
+    ):
         images.read_image(tiff(values))
 
 
@@ -412,6 +414,32 @@ def test_foreign_files_are_told_in_words(data, what, monkeypatch):
     with pytest.raises(ImageError) as error:
         images.read_image(data)
     assert what in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+def test_a_chunk_without_content_says_nothing_of_colours():
+    data = png16(np.full((16, 16, 1), 300))
+    empty = struct.pack(">I4sI", 0, b"cHRM", zlib.crc32(b"cHRM"))
+    assert images.read_image(data[:33] + empty + data[33:]).size == (16, 16)
+
+
+def test_numbers_of_64_bits_are_not_taken_for_32():
+    for large in (2**33, 2**63):
+        with pytest.raises(ImageError, match="scale it to 8 bits first"):
+            pictures.to_levels(np.full((16, 16), large, np.uint64), pictures.Source("a.tif", "picture", ImageError))
+
+
+def test_a_damaged_file_is_no_foreign_one():
+    scene = Image.fromarray(SCENE)
+    whole = {"PNG": encoded(scene, "PNG"), "GIF": encoded(scene, "GIF"), "BMP": encoded(scene, "BMP")}
+    for kind, data in whole.items():
+        with pytest.raises(ImageError, match=f"it is a damaged {kind}; copy or download it again"):
+            images.read_image(data[:12])
+    odd = tiff(SCENE[..., 0]).replace(struct.pack("<HHI", 257, 4, 1), struct.pack("<HHI", 257, 7, 1))  # bytes as height
+    cut = [*(data[: len(data) * 3 // 4] for data in (whole["PNG"], encoded(scene, "JPEG"))), odd]
+    for data in cut:
+        with pytest.raises(ImageError, match=r"it is damaged( \(.*\))?; copy or download it again") as told:
+            images.read_image(data)
+        assert "not supported between" not in str(told.value)
 
 
 @pytest.mark.parametrize("suffix", [".nef", ".dng", ".CR2", ".raf"])

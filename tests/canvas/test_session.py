@@ -160,7 +160,7 @@ def test_what_is_no_session(editor, canvas, tmp_path):
             emilie.open(none, editor)
     assert not session.is_session(tmp_path)
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(CanvasError, match="no canvas of this version"):
+    with pytest.raises(CanvasError, match=f"^{path} is no canvas of this version"):
         emilie.open(path, editor)
     before(path, *of_before(canvas), format="emilie canvas 9")
     with pytest.raises(CanvasError, match="emilie canvas 9"):
@@ -402,7 +402,8 @@ def test_a_changed_file_is_refused_and_never_rewritten(editor, edited, tmp_path,
         if meant and name not in ("no head", "two heads"):
             resigned(db)
     whole = path.read_bytes()
-    with pytest.raises(CanvasError, match="larger than any picture" if name == "a large blob" else None):
+    heads = dict.fromkeys(("no head", "two heads"), "of itself is missing, or there twice")
+    with pytest.raises(CanvasError, match=(heads | {"a large blob": "larger than any picture"}).get(name)):
         emilie.open(path, editor)
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 
@@ -482,10 +483,9 @@ def test_a_file_that_is_held_stays_and_a_damaged_one_gives_way(editor, canvas, t
         with pytest.raises(CanvasError, match="cannot write the canvas: database is locked"):
             canvas.save(path)
     assert path.read_bytes() == whole
-    for damaged in (session.MAGIC, whole[:100] + bytes(len(whole) - 100)):
-        path.write_bytes(damaged)
-        canvas.save(path)
-        assert len(emilie.open(path, editor).states) == 1
+    path.write_bytes(whole[:100] + bytes(len(whole) - 100))
+    canvas.save(path)
+    assert len(emilie.open(path, editor).states) == 1
     with pytest.raises(CanvasError, match="cannot write the canvas"):
         session.start(canvas, tmp_path / "none" / "c.canvas")
 

@@ -11,6 +11,7 @@ import re
 import struct
 import sys
 import types
+import warnings
 import zipfile
 
 import numpy as np
@@ -409,7 +410,7 @@ def test_a_tensor_beyond_all_memory_is_said_in_a_line(tmp_path):
         rezip(path, tmp_path / "b", lambda n, d: d.replace(b"K\x03K\x05\x86", 3 * most + b"\x87"))
     )
     log.removeHandler(handler)
-    assert not logged
+    assert not logged and not log.disabled
 
 
 def test_an_object_of_a_dangerous_class_is_inert(marker, tmp_path):
@@ -468,6 +469,28 @@ def test_zip_files_by_other_tools(tensors, tmp_path):
     assert "compressed" in refusal(path)
     path.write_bytes(whole[: entry + 10] + b"\x08" + whole[entry + 11 :])  # or it would be deflated to the same length
     assert "compressed" in refusal(path)
+
+
+def test_records_in_another_order_are_not_taken_for_each_other(tmp_path):
+    path = tmp_path / "a.ckpt"
+    torch.save({name: torch.full((4,), float(i)) for i, name in enumerate("abc")}, path)
+    data = path.read_bytes()
+    path.write_bytes(
+        data.replace(b"/data/1", b"/data/X").replace(b"/data/2", b"/data/1").replace(b"/data/X", b"/data/2")
+    )
+    assert torch.load(path)["b"].tolist() == [2.0] * 4  # by its name
+    assert "in another order than PyTorch's" in refusal(path)
+
+
+def test_what_pytorch_warns_of_is_not_told(tmp_path):
+    made = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    torch.save({"a": made}, tmp_path / "a.ckpt")
+    torch.save({"a": torch.ones(2)}, tmp_path / "b.ckpt")
+    rezip(tmp_path / "b.ckpt", tmp_path / "c", lambda n, d: d.replace(b"\x80\x02", b"\x80\x63", 1))  # protocol 99
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "refused" in refusal(tmp_path / "a.ckpt")
+        assert read(tmp_path / "c").keys() == {"a"}
 
 
 def test_formats_that_are_not_read(tensors, tmp_path):

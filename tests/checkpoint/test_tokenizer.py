@@ -10,6 +10,7 @@ from emilie_min.errors import InstructionError, TokenizerError
 from emilie_min.text import TextEncoder
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+MARKS = ["<|startoftext|>", "<|endoftext|>"]
 MERGES = [("i", "t</w>"), ("m", "a"), ("k", "e</w>"), ("ma", "ke</w>")]
 
 
@@ -19,7 +20,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer")
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     units = [chr(b) for b in shown] + [chr(256 + i) for i in range(256 - len(shown))]
-    vocab = [*units, *(u + "</w>" for u in units), *map("".join, MERGES), "<|startoftext|>", "<|endoftext|>"]
+    vocab = [*units, *(u + "</w>" for u in units), *map("".join, MERGES), *MARKS]
     (path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
     (path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, MERGES)) + "\n")
     return path
@@ -76,6 +77,24 @@ def test_a_vocabulary_without_the_end_token(folder, tmp_path, change):
     (tmp_path / "merges.txt").write_bytes((folder / "merges.txt").read_bytes())
     with pytest.raises(TokenizerError, match="no <.endoftext.>.*emilie download --tokenizer"):
         encoder(tmp_path).tokenize(["make it"])
+
+
+@pytest.mark.parametrize("number", [[1], "5", 1.0, True, 0, 600, -1])
+def test_a_vocabulary_with_a_number_that_is_none(folder, tmp_path, number):
+    vocab = json.loads((folder / "vocab.json").read_text()) | {"b": number}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_bytes((folder / "merges.txt").read_bytes())
+    with pytest.raises(TokenizerError, match="does not number its tokens from 0 on, each once"):
+        encoder(tmp_path).tokenize(["make it"])
+
+
+def test_a_vocabulary_that_lacks_what_an_instruction_needs(folder, tmp_path):
+    vocab = {token: i for i, token in enumerate([*"makeit", "it</w>", "ma", "ke</w>", "make</w>", *MARKS])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {"t</w>": len(vocab), "e</w>": len(vocab) + 1}))
+    (tmp_path / "merges.txt").write_bytes((folder / "merges.txt").read_bytes())
+    assert encoder(tmp_path).tokenize(["make it"])[0, 1:3].tolist() == [vocab["make</w>"], vocab["it</w>"]]
+    with pytest.raises(TokenizerError, match='lacks tokens for "make it red": it is damaged, or not CLIP'):
+        encoder(tmp_path).tokenize(["make it red"])
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"3", b"{\x1b[2J", b"\xff", b"[" * 100_000])

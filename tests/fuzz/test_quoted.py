@@ -160,6 +160,8 @@ def test_what_a_session_says(editor, picture):
     check(lambda: emilie.open(path, editor))
     path.write_bytes(session.MAGIC)
     check(lambda: emilie.open(path, editor))
+    check(lambda: canvas.save(path))
+    path.unlink()
     check(lambda: canvas.save(Path(NAME) / "c.canvas"))
     canvas.save(path)
     one, other = (emilie.open(path, editor) for _ in range(2))
@@ -200,6 +202,8 @@ def test_a_picture_of_another_world(shipped):
 def test_what_the_network_of_a_file_is():
     save_file({"shared_net.0.weight": torch.ones(1)}, f"{NAME}.safetensors", {"config": LONG})
     check(lambda: graconet.load(f"{NAME}.safetensors"))
+    with pytest.raises(EmilieError, match="no network has the sizes"):
+        graconet.load(f"{NAME}.safetensors")
 
 
 def test_what_the_command_writes_past_its_errors(capsys, monkeypatch):
@@ -208,7 +212,7 @@ def test_what_the_command_writes_past_its_errors(capsys, monkeypatch):
             act()
         said = capsys.readouterr().err.strip()
         assert said.isprintable() and len(said) < 1100
-    for error in (OSError(2, "none", WORDS), OSError(WORDS), EmilieError(LONG)):
+    for error in (OSError(2, "none", WORDS), OSError(WORDS), EmilieError(LONG), MemoryError()):
         with monkeypatch.context() as patch:
             patch.setattr(cli, "run_line", lambda argv, error=error: (_ for _ in ()).throw(error))
             assert cli.main([]) == 2

@@ -218,6 +218,15 @@ def test_nothing_of_posix_is_imported_where_a_module_begins():
             assert not POSIX & {str(name) for name in names if not isinstance(node, ast.Global)}, path
 
 
+def test_a_folder_that_cannot_be_locked_is_written_to_all_the_same(monkeypatch, tmp_path):
+    import fcntl
+
+    monkeypatch.setattr(fcntl, "flock", full)
+    with writing.alone_in(tmp_path):
+        (tmp_path / "a").touch()
+    assert (tmp_path / "a").is_file()
+
+
 def test_without_what_windows_lacks(monkeypatch, tmp_path):
     """A folder's lock is then not promised, and free memory not told."""
     real = builtins.__import__

@@ -160,3 +160,13 @@ def test_stable_diffusion_and_instructpix2pix_share_a_schedule():
         d = load_config(name).diffusion
         sigmas = sampling.get_sigmas(10, sampling.alphas_cumprod(d.linear_start, d.linear_end, d.timesteps))
         assert sigmas[0].item() == pytest.approx(14.6146, abs=1e-3)
+
+
+def test_a_fault_of_the_file_has_its_line_and_a_list_is_one(tmp_path):
+    small = (DATA / "small.yaml").read_text()
+    assert "c.yaml: line 4: expected" in refusal("a: 1\nb: 2\nc: [1\nd: 2\n", tmp_path)
+    for path in ("unet.channel_mult", "vae.ddconfig.ch_mult", "text.words"):
+        wrong = yaml.safe_dump(merged(yaml.safe_load(small), setting(path, 4)))
+        assert "must be a list" in refusal(wrong, tmp_path)
+    wrong = yaml.safe_dump(merged(yaml.safe_load(small), setting("text.words", ["a", "red", "a"])))
+    assert "words has 'a' twice" in refusal(wrong, tmp_path)

@@ -336,6 +336,7 @@ def test_what_a_run_says_of_itself_and_of_a_failed_compiler(monkeypatch):
         made._say("on it goes")
     card = SimpleNamespace(**{name: getattr(made.editor, name) for name in ("unet", "config", "model")})
     card.device = torch.device("cuda")
+    monkeypatch.setattr(running, "check_can_edit", lambda editor: None)
     monkeypatch.setattr(running, "builders", lambda setting: {"emilie": lambda: SimpleNamespace(editor=card)})
     with pytest.raises(EmilieError, match="--threads is for the CPU"):
         Run(setting(*TINY, "--threads", "1"), time.monotonic(), lambda result: None)
