@@ -125,7 +125,7 @@ BODIES = {
     "data twice": b'{"fn_index": 4, "session_hash": "a", "data": [null], "data": [{"path": "/etc/passwd"}]}',
     "too much data": b'{"fn_index": 4, "session_hash": "a", "data": [null, null]}',
     "an unknown event": b'{"fn_index": 99, "session_hash": "a", "data": [null]}',
-    "an event that is true": b'{"fn_index": true, "session_hash": "a", "data": [null]}',
+    "an event that is true": scaled("1").replace(b": %d" % EDIT, b": true"),
     "an event by its name": b'{"fn_index": "4", "session_hash": "a", "data": [null]}',
     "no page": b'{"fn_index": 4, "data": [null]}',
     "a page that is a path": b'{"fn_index": 4, "session_hash": "../a", "data": [null]}',
@@ -146,7 +146,8 @@ BODIES = {
 @pytest.mark.parametrize("name", BODIES)
 def test_a_malformed_event(name, caller):
     for path in ("/gradio_api/queue/join", "/gradio_api/queue/%6aoin", "/gradio_api/queue/join?x=1"):
-        assert caller.ask("POST", path, BODIES[name], Content_Type="application/json")[0] == 422
+        status, told, _ = caller.ask("POST", path, BODIES[name], Content_Type="application/json")
+        assert status == 422 and told == b"no event of this page"
 
 
 @pytest.mark.parametrize(
@@ -517,6 +518,12 @@ def test_a_page_that_is_open_does_not_go_for_another(page, caller, monkeypatch):
     listening.subtract(list(kept))
     pulse.close()
     until(lambda: not +listening)
+
+
+def test_what_an_event_brings_is_not_kept(page, caller):
+    caller.do(EDIT, caller.edit("make it " + "x" * 99_999))
+    kept = page.state_holder.session_data[caller.session]
+    assert len(repr([list(kept.components), kept.state_data])) < 90_000
 
 
 def test_a_page_that_does_not_listen_is_not_told_for_ever(caller, monkeypatch):
