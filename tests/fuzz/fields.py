@@ -698,16 +698,14 @@ def imports(rng: random.Random | None, folder: Path) -> Case:
     photo.putalpha(Image.open(folder / "mask.png"))
     photo.save(folder / "hole.png")
     kind = "opa" if rng is None else rng.choice(sorted(files))
-    spoiled = (
-        None if rng is None else rng.choice([*files[kind], *files[kind], *[n for n in files[kind] if "/" not in n]])
-    )
+    spoiled = None if rng is None else rng.choice([*files[kind], *3 * [n for n in files[kind] if "/" not in n]])
     for name, made in files[kind].items():
         path = folder / "source" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(made, list):
             if name == spoiled:
                 row = rng.randrange(2) if rng.random() < 0.2 else 1
-                made[row][rng.randrange(len(made[row]))] = rng.choice(CELLS)
+                made[row][rng.choice((*range(len(made[row])), 2))] = rng.choice(CELLS)
             text = io.StringIO()
             csv.writer(text).writerows(made)
             path.write_text(text.getvalue(), encoding="utf-8", errors="surrogatepass")

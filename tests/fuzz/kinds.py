@@ -367,7 +367,12 @@ def canvases(rng: random.Random | None, folder: Path) -> Case:
             table, column = rng.choice((("head", "about"), ("states", "record")))
             which = "" if table == "head" else f" WHERE number = {number}"
             ((text,),) = db.execute(f"SELECT {column} FROM {table}{which}").fetchall()
-            spoiled = dump(spoil_tree(json.loads(text), rng), rng)
+            tree = json.loads(text)
+            if table == "states" and number and rng.random() < 0.3:  # of a later version's, or none
+                tree["settings"][rng.choice(("mood", "own", "scrubbed"))] = rng.choice(ODD)
+            else:
+                tree = spoil_tree(tree, rng)
+            spoiled = dump(tree, rng)
             db.execute(f"UPDATE {table} SET {column} = ?{which}", [spoiled])
             if rng.random() < 0.7:  # with a digest that fits
                 ((about, _),) = db.execute("SELECT * FROM head").fetchall()
