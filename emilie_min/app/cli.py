@@ -69,6 +69,10 @@ def run_line(argv: list[str]) -> int:
         return 0
     if wrong := language.not_a_command(argv[0]):
         top.error(wrong)
+    try:
+        os.getcwd()
+    except OSError as error:  # for which a library of PyTorch's would end the process
+        raise EmilieError(f"the folder that this runs in cannot be used ({error.strerror}): go to another") from error
     if argv.count("--") > 1:  # for which argparse gives a list in the place of a text
         top.error("-- is there twice: it stands once, before words that begin with a dash")
     args, rest = top.parse_known_args(argv)

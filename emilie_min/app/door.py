@@ -80,6 +80,14 @@ class Auth(NamedTuple):
     link: str = ""
     cookie: str = ""
 
+    @property
+    def asks(self) -> str:
+        if self.cookie:
+            return (
+                "the link was used: only its browser may go on, by its cookie. Start the studio anew for another link"
+            )
+        return "user and password, please" if self.password else "open the link that was printed"
+
     def admits(self, request: Request) -> bool:
         basic = "Basic " + base64.b64encode(self.password.encode()).decode() if self.password else ""
         given = request.headers.get("authorization", ""), request.cookies.get("emilie", "")
@@ -168,10 +176,10 @@ class Door:
         if request.method == "GET" and path == "/" and self.auth.link and same(token, self.auth.link):
             self.auth = self.auth._replace(link="", cookie=secrets.token_urlsafe())
             answer = RedirectResponse("/", 303)
-            answer.set_cookie("emilie", self.auth.cookie, httponly=True, samesite="strict")
+            answer.set_cookie("emilie", self.auth.cookie, httponly=True, samesite="lax")
             return answer
         if not self.admits(request):
-            raise Refused(401, "user and password, please" if self.auth.password else "open the link that was printed")
+            raise Refused(401, self.auth.asks)
         allowed = {"GET": READ, "HEAD": re.compile("/"), "POST": WRITE}.get(request.method)
         if not allowed or not allowed.fullmatch(path) or ".." in path:
             raise Refused(404, "there is nothing here")
@@ -279,12 +287,9 @@ def routes(visitors: Mapping) -> list[Route]:
                     if shutil.disk_usage(folder.name).free < ROOM:
                         raise HTTPException(507, "there is no room for it here")
                     file.write(chunk)
-        except BaseException as error:
-            folder.cleanup()
-            if isinstance(error, OSError):
-                raise HTTPException(507, "there is no room for it here") from error
-            raise
-        visitor.uploaded = name, folder  # which goes when it is read, when the visitor goes, or at the end
+        except OSError as error:
+            raise HTTPException(507, "there is no room for it here") from error
+        visitor.uploaded = name, folder  # which goes when it is read, when nobody has it any more, or at the end
         return Response(status_code=204)
 
     async def save(request: Request) -> Response:

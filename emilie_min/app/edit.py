@@ -407,6 +407,20 @@ def gone_without_edits(session: Path | None, canvas) -> Iterator[None]:
             session.unlink(missing_ok=True)
 
 
+@contextmanager
+def picture_of_its_own(folder: Path, stem: str, end: str = "") -> Iterator[Path]:
+    """A name for a picture that no other file has, as `claimed` finds one; the file goes if nothing is written."""
+    count, path = 1, folder / f"{stem}{end}.png"
+    while not make_new([path]):
+        count += 1
+        path = folder / f"{stem}-{count}{end}.png"
+    try:
+        yield path
+    finally:
+        if path.exists() and not path.stat().st_size:
+            path.unlink()
+
+
 def make_new(paths: list[Path]) -> list[Path]:
     """Empty files at all of these paths; at none, and [], where one is there already. Raises CanvasError."""
     made: list[Path] = []

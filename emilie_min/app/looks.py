@@ -11,7 +11,7 @@ from pathlib import Path
 from ..canvas.settings import Settings, as_finite, as_int
 from ..errors import InstructionError, SamplingError, say
 from . import language
-from .edit import read_box, resolution, what_changed
+from .edit import picture_of_its_own, read_box, resolution, what_changed
 from .options import add_model_options, add_path_options, load_editor, tell_foreign, writable
 
 MOST = 100  # cells of a grid
@@ -146,17 +146,13 @@ def run_where(args: argparse.Namespace) -> None:
     cells = where.differences(canvas, args.instruction)
     mask = where.marked(cells, canvas.image.size, threshold)
     drawn = images.put_back(where.drawn(canvas.image, cells), photo.photo, photo.box)
-    say(f"wrote {images.save(drawn, free(folder, f'{stem}_where'))}")
+    with picture_of_its_own(folder, f"{stem}_where") as path:
+        say(f"wrote {images.save(drawn, path)}")
     if mask is None:
         say(f'"{args.instruction}" acts on all of the picture: a mask would not help')
         return
     own = photo.at_own_size(mask)
-    say(f"wrote {images.save(own, free(folder, f'{stem}_where_mask'))}, for --mask 1=FILE, or say --mask auto at once")
+    with picture_of_its_own(folder, f"{stem}_where_mask") as path:
+        say(f"wrote {images.save(own, path)}, for --mask 1=FILE, or say --mask auto at once")
     box = ",".join(map(str, own.getbbox()))
     say(f'"{args.instruction}" acts on {about.share(own):.1%} of the picture, in {box}; {time.time() - started:.1f} s')
-
-
-def free(folder: Path, stem: str) -> Path:
-    """A name of a PNG of which no file is there."""
-    names = itertools.chain([stem], (f"{stem}-{count}" for count in itertools.count(2)))
-    return next(path for name in names if not (path := folder / f"{name}.png").exists())

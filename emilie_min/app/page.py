@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from weakref import WeakValueDictionary
 
 import gradio as gr
+from gradio.state_holder import SessionState
 
 from ..canvas.canvas import check_can_edit
 from ..canvas.settings import GATES, as_int
@@ -80,14 +81,23 @@ class Pages:
         unheard = queue.pending_messages_per_session.get(session)
         if unheard is not None and unheard.qsize() > UNHEARD:
             return "this page does not listen to what it is told"
-        if session in kept or len(kept) < PAGES:
+        if session in kept:
             return ""
-        old = next((old for old in kept if old not in self.listening), None)
-        if old is None:
-            return "too many pages are open here: come back later"
-        for one in (kept, queue.pending_messages_per_session, queue.pending_event_ids_session):
-            one.pop(old, None)
+        if len(kept) >= PAGES:
+            old = next((old for old in kept if old not in self.listening), None)
+            if old is None:
+                return "too many pages are open here: come back later"
+            for one in (kept, queue.pending_messages_per_session, queue.pending_event_ids_session):
+                one.pop(old, None)
+        kept[session] = Forgetful(self.page)
         return ""
+
+
+class Forgetful(SessionState):
+    """What gradio keeps of a page, without what the last events brought, each up to 32 MB, and gave."""
+
+    def _update_value_in_config(self, key: int, value: object) -> None:
+        pass
 
 
 def layout(editor: Editor) -> SimpleNamespace:

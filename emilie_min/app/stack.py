@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import CanvasError, EmilieError, printable, quote, say
-from .edit import add_settings, photo_of, read_box, settings
+from .edit import add_settings, photo_of, picture_of_its_own, read_box, settings
 from .options import add_model_options, add_path_options, load_editor, writable
 
 CHANGES = {  # what each takes after the session's file, and what it does
@@ -58,9 +58,11 @@ def run(args: argparse.Namespace) -> None:
         canvas.change(name, *values, way="replay" if args.replay else "support", **revised)
     canvas.save(args.session)
     calls = f"; {canvas.state.made['calls']} network calls" if name != "undo" else ""
-    path = folder / f"{args.session.name.removesuffix('.canvas').removesuffix('.safetensors')}_{canvas.at}.png"
+    stem = args.session.name.removesuffix(".canvas").removesuffix(".safetensors")
+    path = folder / f"{stem}_{canvas.at}.png"
     if name != "undo" or not path.exists():
-        images.save(shown.image, path, about.texts(canvas))
+        with picture_of_its_own(folder, stem, f"_{canvas.at}") as path:
+            images.save(shown.image, path, about.texts(canvas))
     say(f"{told(canvas)}\nwrote {path} and {args.session}{calls}")
 
 

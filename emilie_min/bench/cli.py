@@ -160,8 +160,8 @@ def run_tune(args: argparse.Namespace) -> None:
 
     settings = {}
     for text in args.setting or ():
-        name, equals, values = text.partition("=")
-        if not equals or not names(values):
+        name, _, values = text.partition("=")
+        if not names(values):
             raise BenchError(f"--setting {printable(text, 60)}: give a name and values, as in guidance=1,2,3")
         settings[name.strip()] = names(values)
     models = run.Models(args.weights, None, args.config, args.device, args.dtype, args.tokenizer)

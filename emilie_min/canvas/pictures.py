@@ -517,7 +517,7 @@ def to_levels(values: np.ndarray, source: Source, white: int | None = None) -> n
     if values.dtype == np.uint8:
         return values
     low, high = values.min(), values.max()
-    if not (math.isfinite(low) and math.isfinite(high)):
+    if not math.isfinite(float(high) - float(low)):
         source.fail("has values that are not numbers (NaN or infinite): write it again without them")
     if white is not None and high > white:
         white = None

@@ -22,6 +22,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with open(partial, "r+b") as f:
             os.fsync(f.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename in (partial, str(partial)):
+            error.filename, error.filename2 = str(path), None  # what it is for is what its reader knows
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

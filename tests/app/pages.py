@@ -54,6 +54,12 @@ class Caller:
             line.sendall(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
             yield line
 
+    def leave(self, method: str, path: str) -> None:
+        """Ask, and be gone before the answer."""
+        with socket.create_connection(("127.0.0.1", self.page.port), 60) as line:
+            line.sendall(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            line.shutdown(socket.SHUT_WR)
+
     def join(self, number: int, data: list, **more) -> tuple[int, bytes]:
         """Put an event into the queue."""
         event = {"fn_index": number, "session_hash": self.session, "data": data} | more

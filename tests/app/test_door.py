@@ -9,7 +9,8 @@ import re
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ pytestmark = [
 ]
 LOAD, EDIT, SCENE, OPENED, UNDO, REDO, TREE, STACK, STOP, EXAMPLES = range(10)  # the page's events by their numbers
 INSET, INSET_MASK, PLACES, AWAY, INSERT = range(14, 19)
-EDIT_BY_NAME, GO_BY_NAME = 21, 27
+EDIT_BY_NAME, INSERT_BY_NAME, GO_BY_NAME = 21, 24, 27
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ BODIES = {
     "data twice": b'{"fn_index": 4, "session_hash": "a", "data": [null], "data": [{"path": "/etc/passwd"}]}',
     "too much data": b'{"fn_index": 4, "session_hash": "a", "data": [null, null]}',
     "an unknown event": b'{"fn_index": 99, "session_hash": "a", "data": [null]}',
-    "an event that is true": b'{"fn_index": true, "session_hash": "a", "data": [null]}',
+    "an event that is true": scaled("1").replace(b": %d" % EDIT, b": true"),
     "an event by its name": b'{"fn_index": "4", "session_hash": "a", "data": [null]}',
     "no page": b'{"fn_index": 4, "data": [null]}',
     "a page that is a path": b'{"fn_index": 4, "session_hash": "../a", "data": [null]}',
@@ -146,7 +147,8 @@ BODIES = {
 @pytest.mark.parametrize("name", BODIES)
 def test_a_malformed_event(name, caller):
     for path in ("/gradio_api/queue/join", "/gradio_api/queue/%6aoin", "/gradio_api/queue/join?x=1"):
-        assert caller.ask("POST", path, BODIES[name], Content_Type="application/json")[0] == 422
+        status, told, _ = caller.ask("POST", path, BODIES[name], Content_Type="application/json")
+        assert status == 422 and told == b"no event of this page"
 
 
 @pytest.mark.parametrize(
@@ -169,6 +171,25 @@ def test_what_a_click_says_is_read_by_its_words(more, kept):
     told = json.loads(plain(json.dumps(event).encode()))
     assert told.keys() == {"fn_index", "session_hash", "data", "event_data"}
     assert told["event_data"].pop("asked") <= time.time() and told["event_data"] == kept
+
+
+def test_a_value_out_of_range_is_told_and_no_crash(caller, capfd):
+    edit = caller.edit("make it night")
+    for place, value, told in (
+        (7, 0, "steps must be"),
+        (7, 1001, "steps must be"),
+        (9, "x" * 999, "unknown gate"),
+    ):
+        bad = [*edit[:place], value, *edit[place + 1 :]]
+        for number, values in ((EDIT, bad), (EDIT_BY_NAME, bad[:-1])):
+            assert told in caller.do(number, values) and len(caller.visitor.canvas.states) == 1
+    assert "state must be a whole number" in caller.do(GO_BY_NAME, [None, None])
+    assert "take must be a whole number" in caller.do(INSERT_BY_NAME, [None, None, "", 1, False, *edit[5:-1]])
+    for number in (-1, 99, 10**18):
+        assert '"success": true' in caller.do(EXAMPLES, [None, number])
+    (first, *_) = caller.visitor.suggestions()
+    assert first in caller.do(EXAMPLES, [None, 0])
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_what_is_spoiled_there_is_an_event(page, caller):
@@ -439,35 +460,57 @@ def test_who_is_slow_is_not_waited_for(caller, monkeypatch):
 
 
 def test_an_address_has_so_many_connections(caller, monkeypatch):
+    monkeypatch.setattr(door, "MOST", 4)  # of which an address may have half
     pulse = caller.open_stream(f"/gradio_api/heartbeat/{caller.session}")
     next(pulse)
-    for most in (2, 0):  # of an address, at all
-        monkeypatch.setattr(door, "MOST", most)
-        with socket.create_connection(("127.0.0.1", caller.page.port), 30) as line:
-            assert line.recv(1000) == b""
-    monkeypatch.undo()
-    assert caller.ask("GET", "/theme.css")[0] == 200
+    with ExitStack() as lines:
+
+        def line(last: int) -> socket.socket:
+            to, own = ("127.0.0.1", caller.page.port), (f"127.0.0.{last}", 0)
+            return lines.enter_context(socket.create_connection(to, 5, own))
+
+        line(1)
+        assert line(1).recv(1000) == b""  # its third
+        line(2), line(3)
+        assert line(4).recv(1000) == b""  # the fifth at all
+    until(lambda: caller.ask("GET", "/theme.css")[0] == 200)
     pulse.close()
 
 
 def test_files_are_made_one_at_a_time_of_a_visitor(page, caller, monkeypatch):
     from pages import Caller
 
-    now, most = [], []
+    now, made, go_on = [], [], threading.Event()
 
     def file(self, what):
         now.append(self)
-        most.append((len(now), len(set(now))))
-        time.sleep(0.05)
+        assert go_on.wait(60)
         now.remove(self)
+        made.append(what)
         return "a", b"x"
 
     monkeypatch.setattr(type(caller.visitor), "file", file)
-    asking = [caller, caller, *(Caller(page).enter() for _ in range(3))]
-    with ThreadPoolExecutor(5) as pool:
-        answers = pool.map(lambda one: one.ask("GET", f"/save/{one.key}/picture")[0], asking)
-        assert list(answers) == [200] * 5
-    assert len(most) == 5 and max(most) == (door.MAKERS, door.MAKERS) and all(a == b for a, b in most)
+    second, third = (Caller(page).enter() for _ in range(2))
+    with ThreadPoolExecutor() as pool:
+
+        def ask(one: Caller) -> Future:
+            return pool.submit(one.ask, "GET", f"/save/{one.key}/picture")
+
+        asked = [ask(caller)]
+        until(lambda: len(now) == 1)
+        asked.append(ask(caller))
+        caller.leave("GET", f"/save/{caller.key}/strip")
+        time.sleep(0.1)
+        assert now == [caller.visitor]  # who has one at a time
+        asked.append(ask(second))
+        until(lambda: len(now) == 2)
+        asked.append(ask(third))
+        time.sleep(0.1)
+        assert now == [caller.visitor, second.visitor]  # and all of them two
+        go_on.set()
+        assert [answer.result()[0] for answer in asked] == [200] * 4
+        assert caller.ask("GET", f"/save/{caller.key}/canvas")[0] == 200
+    assert sorted(made) == ["canvas", *["picture"] * 4]  # and nothing for who is gone
 
 
 # ---- which pages are kept
@@ -484,6 +527,8 @@ def test_a_page_that_is_open_does_not_go_for_another(page, caller, monkeypatch):
     next(pulse)
     left, *_, newest = [Caller(page).enter() for _ in range(4)]
     assert left.key not in page.visitors and newest.key in page.visitors and len(kept) == 3
+    assert left.session not in page._queue.pending_messages_per_session
+    assert left.session not in page._queue.pending_event_ids_session
     assert "At 0" in caller.do(TREE, [None], event_data={"state": "0"})
     listening.update(list(kept))
     assert Caller(page).join(LOAD, [None]) == (503, b"too many pages are open here: come back later")
@@ -491,6 +536,12 @@ def test_a_page_that_is_open_does_not_go_for_another(page, caller, monkeypatch):
     listening.subtract(list(kept))
     pulse.close()
     until(lambda: not +listening)
+
+
+def test_what_an_event_brings_is_not_kept(page, caller):
+    caller.do(EDIT, caller.edit("make it " + "x" * 99_999))
+    kept = page.state_holder.session_data[caller.session]
+    assert len(repr([list(kept.components), kept.state_data])) < 90_000
 
 
 def test_a_page_that_does_not_listen_is_not_told_for_ever(caller, monkeypatch):
@@ -672,8 +723,15 @@ def test_with_a_link_that_works_once(editor):
             assert Caller(page, f"ann:{i}").ask("GET", "/")[0] == 401
         assert caller.ask("HEAD", "/?token=a-secret")[0] == caller.ask("POST", "/?token=a-secret", b"")[0] == 401
         status, _, headers = caller.ask("GET", "/?token=a-secret")  # which those have not used up
-        assert status == 303 and headers["location"] == "/" and "HttpOnly" in headers["set-cookie"]
-        assert caller.ask("GET", "/?token=a-secret")[0] == 401
+        assert (
+            status == 303
+            and headers["location"] == "/"
+            and headers["set-cookie"].endswith(
+                "; HttpOnly; Path=/; SameSite=lax"  # strict: who followed the link from a page, as of mails, were out
+            )
+        )
+        status, told, _ = caller.ask("GET", "/?token=a-secret")
+        assert status == 401 and b"the link was used" in told
         assert caller.ask("GET", "/", Cookie="emilie=")[0] == caller.ask("GET", "/", Cookie="emilie=x")[0] == 401
         caller.headers["Cookie"] = headers["set-cookie"].partition(";")[0]
         assert caller.ask("GET", "/")[0] == 200

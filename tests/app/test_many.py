@@ -72,9 +72,10 @@ def test_a_pattern_and_a_picture_that_is_none(pictures, capsys):
     ):
         code, _, err = run("edit", "--batch", "in", NIGHT, *words, *MODEL, capsys=capsys)
         assert code == 2 and "the same for every picture" in err[0]
-    for none in ([" "], [NIGHT, ""]):
-        code, _, err = run("edit", "--batch", "in", *none, *MODEL, capsys=capsys)
-        assert code == 2 and "an instruction is empty" in err[0]
+    for words, told in (([" "], "an instruction is empty"), ([NIGHT, ""], "an instruction is empty"),
+                        (["in/a.png", NIGHT], "is a file and no instruction")):  # fmt: skip
+        code, _, err = run("edit", "--batch", "in", *words, *MODEL, capsys=capsys)
+        assert code == 2 and told in err[0]
     Path("o/a_1.png").write_bytes(b"no picture")
     code, _, err = run("edit", "--batch", "in/a.png", NIGHT, "--out", "o", *MODEL, capsys=capsys)
     assert code == 2 and "of another run" in err[0]

@@ -11,6 +11,7 @@ from command import run
 from PIL import Image
 
 import emilie_min as emilie
+from emilie_min.app.edit import picture_of_its_own
 from emilie_min.canvas import images
 from emilie_min.canvas import session as sessions
 from emilie_min.canvas.canvas import Canvas
@@ -66,6 +67,23 @@ def test_what_cannot_be_is_told_and_changes_nothing(args, told, session, capsys)
     before = open("s.canvas", "rb").read()
     code, _, err = run("stack", "s.canvas", *args, *MODEL, capsys=capsys)
     assert code == 2 and told in err[-1] and open("s.canvas", "rb").read() == before
+
+
+def test_two_at_once_have_pictures_of_their_own(tmp_path):
+    with picture_of_its_own(tmp_path, "a", "_1") as one, picture_of_its_own(tmp_path, "a", "_1") as other:
+        one.write_bytes(b"x")
+    assert (one.name, other.name) == ("a_1.png", "a-2_1.png") and list(tmp_path.iterdir()) == [one]
+
+
+def test_a_picture_that_is_there_is_another_sessions_and_stays(session, capsys):
+    """As where several change one session at once, or two folders' sessions have one name."""
+    os.mkdir("out")
+    for name in ("s_4.png", "s-2_4.png"):
+        with open(f"out/{name}", "w") as file:
+            file.write("mine")
+    code, out, _ = run("stack", "s.canvas", "hide", 1, *MODEL, capsys=capsys)
+    assert code == 0 and "wrote out/s-3_4.png" in out and Image.open("out/s-3_4.png").size == (64, 64)
+    assert [open(f"out/{name}").read() for name in ("s_4.png", "s-2_4.png")] == ["mine", "mine"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -206,8 +206,9 @@ def test_a_method_of_ones_own_comes_from_a_file(mine, tmp_path):
     with pytest.raises(BenchError, match="cannot be run: ModuleNotFoundError"):
         parse(f"{tmp_path / 'broken.py'}:Mine")
     others = "from emilie_min.methods.base import Method\nOther = 3\nclass Plain: pass\nclass Bare(Method): pass\n"
+    others += "from dataclasses import dataclass\n@dataclass\nclass Data: x: int\n"
     (tmp_path / "others.py").write_text(others)
-    for name in ("None", "Other", "Plain", "Bare"):
+    for name in ("None", "Other", "Plain", "Bare", "Data"):
         with pytest.raises(BenchError, match=f"has no class {name}"):
             parse(f"{tmp_path / 'others.py'}:{name}")
     with pytest.raises(BenchError, match="name the class behind the file"):

@@ -71,8 +71,10 @@ def test_unreadable_pictures(tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("not a picture")
     with pytest.raises(ImageError, match="cannot be read"):
         images.read_image(tmp_path / "text.png")
-    with pytest.raises(ImageError, match="cannot be read"):
+    with pytest.raises(ImageError, match="cannot be read as a picture: it is a folder"):
         images.read_image(tmp_path)
+    with pytest.raises(ImageError, match="cannot be read as a picture: File name too long"):
+        images.read_image(tmp_path / ("x" * 300))
     for suffix in ("png", "jpg", "bmp", "tif"):
         gradient(200, 200).save(tmp_path / f"whole.{suffix}")
         data = (tmp_path / f"whole.{suffix}").read_bytes()

@@ -16,6 +16,7 @@ from emilie_min.errors import SamplingError
     [
         *({name: "wall"} for name in CHOICES),
         {"gate": None},
+        {"gate": np.array(["anchor", "eq8"])},
         {"steps": 0},
         {"steps": 1001},
         {"steps": 2.5},

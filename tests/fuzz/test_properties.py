@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from emilie_min.canvas.session import HEAD, RECORD
 from emilie_min.canvas.settings import Settings
-from emilie_min.checkpoint.schema import fault, parse
+from emilie_min.checkpoint.schema import Blank, fault, parse
 from emilie_min.errors import SamplingError, printable
 
 often = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -56,6 +56,28 @@ def test_any_text_is_json_or_a_fault(text):
         parse(text)
     except ValueError:
         pass
+
+
+@pytest.mark.parametrize(
+    ("value", "shape", "found"),
+    [
+        ({}, dict, None), ([], [int, ...], None), (" ", Blank, None), ([1, 2], [int], None),
+        ({"x": 1}, {...: int}, None), ({"a": "x"}, {"a?": int}, "a must be a whole number, not 'x'"),
+        ([], [int], "it is empty"), ({}, {...: int}, "it is empty"), (" ", str, "it is empty"),
+        ([[]], [[int]], "[0] is empty"), ([" "], [str, ...], "[0] is empty"), ("x", str, None), (1, int | float, None),
+        ({"b": 1}, {"a": int}, "it lacks 'a'"), ({"a": "x"}, {"a": int}, "a must be a whole number, not 'x'"),
+        ({"a": None}, {"a": int}, "a must be a whole number, not None"), ({"b": 1}, {"a?": int, "b": int}, None),
+        ({"a": None, "b": 1}, {"a?": int, "b": int}, None), (True, int, "it must be a whole number, not True"),
+        ({"a": {"b": 1}}, {"a": {"b": str}}, "a.b must be a text, not 1"), ([1, "x"], [int], "[1] must be a whole"),
+        ({"x y": "z"}, {...: int}, "['x y'] must be a whole number"), (3, [int], "it must be a list, not 3"),
+        ({"x": 1}, [int], "it must be a list"), ([1], {...: int}, "it must be an object"),
+        (math.nan, float, "it must be a number"), (-math.inf, int | float, "it must be a whole number or a number"),
+        (1, str | None, "it must be a text or null"),
+    ],
+)  # fmt: skip
+def test_faults_one_by_one(value, shape, found):
+    said = fault(value, shape)
+    assert said == found if found is None else said.startswith(found)
 
 
 def test_a_name_twice_is_told():

@@ -158,7 +158,7 @@ def test_what_a_session_says(editor, picture):
     canvas = emilie.open(picture, editor)
     path = Path(f"{NAME}.canvas")
     check(lambda: emilie.open(path, editor))
-    path.write_bytes(session.MAGIC)
+    path.write_bytes(b"no canvas of anybody's")
     check(lambda: emilie.open(path, editor))
     check(lambda: canvas.save(path))
     path.unlink()
@@ -202,6 +202,8 @@ def test_a_picture_of_another_world(shipped):
 def test_what_the_network_of_a_file_is():
     save_file({"shared_net.0.weight": torch.ones(1)}, f"{NAME}.safetensors", {"config": LONG})
     check(lambda: graconet.load(f"{NAME}.safetensors"))
+    with pytest.raises(EmilieError, match="no network has the sizes"):
+        graconet.load(f"{NAME}.safetensors")
 
 
 def test_what_the_command_writes_past_its_errors(capsys, monkeypatch):

@@ -55,6 +55,20 @@ def test_standard_output_that_is_full_or_gone(name, folder):
     assert files(folder) == before
 
 
+def test_a_folder_that_is_gone(folder):
+    (folder / "gone").mkdir()
+
+    def goes():
+        os.chdir("gone")
+        os.rmdir("../gone")
+
+    result = run(Case(["edit", "../photo.png", NIGHT, *MODEL], before=goes), folder)
+    assert (result.code, result.err) == (
+        2,
+        "emilie: error: the folder that this runs in cannot be used (No such file or directory): go to another\n",
+    )
+
+
 def test_standard_output_or_error_that_is_closed_or_full_stops_no_edit(folder):
     assert run(Case(EDIT, stdout="closed"), folder).code == 0
     assert len(list((folder / "out").glob("*.png"))) == 2

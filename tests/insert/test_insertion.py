@@ -202,7 +202,7 @@ def test_a_blip2_whose_config_is_of_a_larger_model_is_refused_before_that_is_mad
     ("error", "told"),
     [
         (IndexError("\x1bout of\nrange"), "this BLIP-2 fails.*: \\?out of. Copy"),
-        (MemoryError(), "out of memory.*--caption"),
+        (MemoryError(), "^out of memory.*--caption"),
     ],
 )
 def test_a_captioner_that_fails(captioner, monkeypatch, error, told):
