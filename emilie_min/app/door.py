@@ -287,12 +287,9 @@ def routes(visitors: Mapping) -> list[Route]:
                     if shutil.disk_usage(folder.name).free < ROOM:
                         raise HTTPException(507, "there is no room for it here")
                     file.write(chunk)
-        except BaseException as error:
-            folder.cleanup()
-            if isinstance(error, OSError):
-                raise HTTPException(507, "there is no room for it here") from error
-            raise
-        visitor.uploaded = name, folder  # which goes when it is read, when the visitor goes, or at the end
+        except OSError as error:
+            raise HTTPException(507, "there is no room for it here") from error
+        visitor.uploaded = name, folder  # which goes when it is read, when nobody has it any more, or at the end
         return Response(status_code=204)
 
     async def save(request: Request) -> Response:

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import warnings
 import webbrowser
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..emilie import Editor
@@ -109,9 +110,18 @@ def studio(
     print(f"the studio is at {url} (stop it with Ctrl-C)", flush=True)
     if open_browser:
         threading.Timer(1, webbrowser.open, [url]).start()
-    if (
-        threading.current_thread() is threading.main_thread()
-    ):  # by either signal it ends as by the last line of a program
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    with contextlib.suppress(KeyboardInterrupt), listener:
+    with contextlib.suppress(KeyboardInterrupt), listener, terminable():
         server.run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Meanwhile a termination signal ends the program as its last line would, and no temporary folder stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -247,6 +247,7 @@ def _load(name: str | Path, model: str, processor: str, device: str) -> tuple:
     from huggingface_hub import snapshot_download
     from transformers.utils import logging
 
+    from ..checkpoint.networks import not_finite
     from ..loading import pick_device
 
     hush_hub()
@@ -274,6 +275,8 @@ def _load(name: str | Path, model: str, processor: str, device: str) -> tuple:
         raise BenchError(f"{name} is not a {model}: it lacks {len(missing)} tensors, such as {missing[0]}")
     if len(tokenizer) < network.config.text_config.vocab_size / 2:  # without its files it would come empty
         raise BenchError(f"{name} lacks its tokenizer: copy tokenizer.json, or the vocabulary and merges, too")
+    if wrong := not_finite(network):
+        raise BenchError(f"{name} is damaged: {wrong} is not finite. Copy all its files anew")
     return network.eval().to(device), images, tokenizer
 
 

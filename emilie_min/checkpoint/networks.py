@@ -39,3 +39,11 @@ def meta_networks(config: Config) -> dict[str, nn.Module]:
     """`build` on the meta device: shapes and names, no memory."""
     with torch.device("meta"):
         return build(config)
+
+
+def not_finite(network: nn.Module) -> str | None:
+    """The name of a network's first tensor with NaN or infinite numbers, or None."""
+    for name, tensor in network.state_dict().items():
+        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():  # the sum alone may overflow
+            return name
+    return None

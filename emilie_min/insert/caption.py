@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from ..checkpoint.networks import not_finite
 from ..checkpoint.schema import parse
 from ..errors import CheckpointError, EmilieError, explain_oom, first_line, hushed, printable
 from ..loading import pick_device
@@ -62,6 +63,8 @@ class Captioner:
             raise CheckpointError(
                 f"{printable(model)} lacks {len(lacking)} tensors of a BLIP-2, such as {lacking[0]}: copy all its files"
             )
+        if name := not_finite(self.model):
+            raise CheckpointError(f"{printable(model)} is damaged: {name} is not finite. Copy all its files anew")
         self.model.eval()
 
     @torch.no_grad()

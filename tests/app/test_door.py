@@ -9,7 +9,8 @@ import re
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -459,40 +460,57 @@ def test_who_is_slow_is_not_waited_for(caller, monkeypatch):
 
 
 def test_an_address_has_so_many_connections(caller, monkeypatch):
+    monkeypatch.setattr(door, "MOST", 4)  # of which an address may have half
     pulse = caller.open_stream(f"/gradio_api/heartbeat/{caller.session}")
     next(pulse)
-    for most in (2, 0):  # of an address, at all
-        monkeypatch.setattr(door, "MOST", most)
-        with socket.create_connection(("127.0.0.1", caller.page.port), 30) as line:
-            assert line.recv(1000) == b""
-    monkeypatch.undo()
-    assert caller.ask("GET", "/theme.css")[0] == 200
+    with ExitStack() as lines:
+
+        def line(last: int) -> socket.socket:
+            to, own = ("127.0.0.1", caller.page.port), (f"127.0.0.{last}", 0)
+            return lines.enter_context(socket.create_connection(to, 5, own))
+
+        line(1)
+        assert line(1).recv(1000) == b""  # its third
+        line(2), line(3)
+        assert line(4).recv(1000) == b""  # the fifth at all
+    until(lambda: caller.ask("GET", "/theme.css")[0] == 200)
     pulse.close()
 
 
 def test_files_are_made_one_at_a_time_of_a_visitor(page, caller, monkeypatch):
     from pages import Caller
 
-    now, most = [], []
+    now, made, go_on = [], [], threading.Event()
 
     def file(self, what):
         now.append(self)
-        most.append((len(now), len(set(now))))
-        time.sleep(0.05)
+        assert go_on.wait(60)
         now.remove(self)
+        made.append(what)
         return "a", b"x"
 
     monkeypatch.setattr(type(caller.visitor), "file", file)
-    asking = [caller, caller, *(Caller(page).enter() for _ in range(3))]
-    with ThreadPoolExecutor(5) as pool:
-        answers = pool.map(lambda one: one.ask("GET", f"/save/{one.key}/picture")[0], asking)
-        assert list(answers) == [200] * 5
-    assert len(most) == 5 and max(most) == (door.MAKERS, door.MAKERS) and all(a == b for a, b in most)
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(caller.ask, "GET", f"/save/{caller.key}/picture")
-        until(lambda: len(most) == 6)
-        caller.leave("GET", f"/save/{caller.key}/picture")  # and nothing is made for who is gone
-        assert first.result()[0] == caller.ask("GET", f"/save/{caller.key}/strip")[0] == 200 and len(most) == 7
+    second, third = (Caller(page).enter() for _ in range(2))
+    with ThreadPoolExecutor() as pool:
+
+        def ask(one: Caller) -> Future:
+            return pool.submit(one.ask, "GET", f"/save/{one.key}/picture")
+
+        asked = [ask(caller)]
+        until(lambda: len(now) == 1)
+        asked.append(ask(caller))
+        caller.leave("GET", f"/save/{caller.key}/strip")
+        time.sleep(0.1)
+        assert now == [caller.visitor]  # who has one at a time
+        asked.append(ask(second))
+        until(lambda: len(now) == 2)
+        asked.append(ask(third))
+        time.sleep(0.1)
+        assert now == [caller.visitor, second.visitor]  # and all of them two
+        go_on.set()
+        assert [answer.result()[0] for answer in asked] == [200] * 4
+        assert caller.ask("GET", f"/save/{caller.key}/canvas")[0] == 200
+    assert sorted(made) == ["canvas", *["picture"] * 4]  # and nothing for who is gone
 
 
 # ---- which pages are kept

@@ -397,11 +397,9 @@ def test_a_signal_ends_it_so_that_its_folders_go(editor, monkeypatch):
     server = SimpleNamespace(run=lambda sockets: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr(studio, "serve", lambda *_: (None, server))
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit):  # and not the end on the spot that the signal is without
-            studio.studio(editor, port=0)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(SystemExit):  # and not the end on the spot that the signal is without
+        studio.studio(editor, port=0)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(

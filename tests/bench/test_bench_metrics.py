@@ -534,6 +534,10 @@ def test_a_model_that_cannot_be_had_is_one_line(clip_folder, blip_folder, no_net
     with pytest.raises(BenchError, match="lacks 1 tensors, such as visual_projection.weight") as error:
         ClipScorer(half)  # it would be filled with random numbers
     assert "\n" not in str(error.value) and no_network == []
+    tensors["visual_projection.weight"][0, 0] = float("nan")
+    save_file(tensors, half / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BenchError, match="half is damaged: visual_projection.weight is not finite"):
+        ClipScorer(half)
     for name, message in ("tokenizer.json", "lacks its tokenizer"), ("preprocessor_config.json", "copy all its files"):
         whole = shutil.copytree(clip_folder, tmp_path / name)
         (whole / name).unlink()

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from emilie_min.canvas import images, pictures
-from emilie_min.errors import ImageError
+from emilie_min.errors import ImageError, MaskError
 from emilie_min.toy import world
 
 SCENE = np.asarray(world.render(world.scene(3)).convert("RGB"))
@@ -493,6 +493,12 @@ def test_sizes_are_looked_at_before_pixels(monkeypatch):
         bomb = bomb[:29] + struct.pack(">I", zlib.crc32(bomb[12:29])) + bomb[33:]
         with pytest.raises(ImageError, match=why):
             images.read_image(bomb)
+
+
+def test_a_mask_of_another_size_is_not_unpacked(monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("pixels were decoded"))
+    with pytest.raises(MaskError, match="make them the same size"):
+        images.read_mask(png16(np.zeros((32, 32, 1))), (64, 64), (64, 64))
 
 
 def test_a_picture_that_does_not_fit_in_memory_is_told(monkeypatch):

@@ -1,5 +1,6 @@
 """Kinds of cases that spoil a format by its own fields, which bytes spoiled blindly rarely reach."""
 
+import csv
 import io
 import json
 import math
@@ -46,7 +47,7 @@ def png(rng: random.Random, image: Image.Image) -> bytes:
         b"iTXt": [b"a\0\1\0\0\0" + BOMB, b"a\0\0\0\0\0" + EVIL.encode(), b"emilie\0\0\0\0\0{", b""],
         b"tEXt": [b"emilie\0" + b"[" * 10**5, EVIL.encode(), b""],
         b"gAMA": [struct.pack(">I", rng.choice(NUMBERS)), b"", b"\0"],
-        b"cHRM": [struct.pack(">8I", *(rng.choice(NUMBERS) for _ in range(8))), bytes(32), b"\0" * 5],
+        b"cHRM": [struct.pack(">8I", *(rng.choice(NUMBERS) for _ in range(8))), bytes(32), b"\0" * 5, b""],
         b"sBIT": [b"", b"\0", b"\0\0\0\0", b"\xff\xff\xff"],
         b"sRGB": [b"", b"\xff"],
         b"tRNS": [b"", b"\0", b"\0" * 6, b"\0" * 300],
@@ -671,4 +672,56 @@ def diffusers(rng: random.Random | None, folder: Path) -> Case:
     return Case(rng.choice(argv))
 
 
-FIELDS = {make.__name__: make for make in (inside, pages, zips, yamls, folders, diffusers)}
+def imports(rng: random.Random | None, folder: Path) -> Case:
+    """Published benchmarks in their own layouts, a cell, an entry or a picture spoiled."""
+    files: dict[str, dict[str, bytes | object]] = {  # of each format; a list is a table
+        "opa": {
+            "test_set.csv": [["fg_id", "bg_id", "position", "label"], ["1", "2", "[1, 2, 20, 20]", "1"]],
+            "background/dog/2.jpg": b"photo.png", "foreground/dog/1.jpg": b"photo.png",
+            "foreground/dog/mask_1.jpg": b"mask.png"},
+        "edival": {
+            "oai_instruction_generation_output.csv": [
+                ["image_index", "turns", "instructions"], ["0", "3", "['a', 'b', 'c']"]],
+            "0_input_raw.png": b"photo.png"},
+        "piebench": {
+            "mapping_file.json": {"0": {
+                "image_path": "0.png", "original_prompt": "a [cat]", "editing_prompt": "a [dog]",
+                "editing_instruction": "make it a dog", "mask": [0, 100, 3000, 500]}},
+            "annotation_images/0.png": b"large.png"},
+        "magicbrush": {
+            "edit_sessions.json": {"1": [{"input": "i.png", "mask": "m.png", "output": "i.png", "instruction": NIGHT}]},
+            "global_descriptions.json": {"1": {"i.png": "a cat"}},
+            "images/1/i.png": b"photo.png", "images/1/m.png": b"hole.png"},
+    }  # fmt: skip
+    photo = Image.open(folder / "photo.png")
+    photo.resize((512, 512)).save(folder / "large.png")
+    photo.putalpha(Image.open(folder / "mask.png"))
+    photo.save(folder / "hole.png")
+    kind = "opa" if rng is None else rng.choice(sorted(files))
+    spoiled = None if rng is None else rng.choice([*files[kind], *3 * [n for n in files[kind] if "/" not in n]])
+    for name, made in files[kind].items():
+        path = folder / "source" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(made, list):
+            if name == spoiled:
+                row = rng.randrange(2) if rng.random() < 0.2 else 1
+                made[row][rng.choice((*range(len(made[row])), 2))] = rng.choice(CELLS)
+            text = io.StringIO()
+            csv.writer(text).writerows(made)
+            path.write_text(text.getvalue(), encoding="utf-8", errors="surrogatepass")
+        elif isinstance(made, dict):
+            text = dump(spoil_tree(made, rng), rng) if name == spoiled else json.dumps(made)
+            path.write_text(text, encoding="utf-8", errors="surrogatepass")
+        else:
+            shutil.copy(folder / made.decode(), path)
+            if name == spoiled:
+                path.write_bytes(spoil(path.read_bytes(), rng))
+    options = ["--masks"] if rng is not None and kind in ("piebench", "magicbrush") and rng.random() < 0.5 else []
+    return Case(["bench", "import", kind, "source", "made", *options], None if rng else False, lines=5)
+
+
+CELLS = ["", "..", "a/b", "x" * 5000, EVIL, "[1,2]", "[-1,0,5,5]", "[1.5,2,3,4]", "[True,1,1,1]", "nan", "1" * 5000]
+CELLS += [f"[{10**30},0,5,5]", f"[0,0,{10**30},5]", f"[0,0,{2**31},{2**31}]", "[900,0,5,5]", "[" * 5000, "9**9**9**9"]
+CELLS += ["['a','b','']", "['a',5,'c']", "['\\ud800','b','c']", '__import__("os").system("touch OWNED")']
+
+FIELDS = {make.__name__: make for make in (inside, pages, zips, yamls, folders, diffusers, imports)}

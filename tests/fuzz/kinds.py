@@ -107,7 +107,7 @@ def prepare(folder: Path) -> Path:
             for line in (["edit", "photo.png", NIGHT, "--out", aside, *MODEL], ["info", "tiny.ckpt"]):
                 with redirect_stdout(nowhere), redirect_stderr(nowhere):
                     assert main(line) == 0  # so that what is forked has imported it all
-            for line in (["make", "b", "--scenes", "1", "--turns", "1"],
+            for line in (["make", "b", "--scenes", "1", "--turns", "2"],
                          ["run", "b", "--methods", "ip2p,emilie", "--out", "r", *MODEL],
                          ["study", "r"]):  # fmt: skip
                 told = io.StringIO()
@@ -344,6 +344,15 @@ def canvases(rng: random.Random | None, folder: Path) -> Case:
     if rng is None:
         shutil.copy(folder / "s.canvas", path)
         return Case(argv, False, (path.name,))
+    changes = (
+        ["hide", "1"],
+        ["move", "2", "1"],
+        ["strength", "1", "0.5"],
+        ["revise", "1", "make it day"],
+        ["undo"],
+        [],
+    )
+    argv = rng.choice((argv, argv, ["stack", path.name, *rng.choice(changes), *MODEL]))
     way = rng.randrange(4)
     clean = "old.safetensors" if way > 1 else "s.canvas"
     shutil.copy(folder / clean, path)
@@ -358,7 +367,12 @@ def canvases(rng: random.Random | None, folder: Path) -> Case:
             table, column = rng.choice((("head", "about"), ("states", "record")))
             which = "" if table == "head" else f" WHERE number = {number}"
             ((text,),) = db.execute(f"SELECT {column} FROM {table}{which}").fetchall()
-            spoiled = dump(spoil_tree(json.loads(text), rng), rng)
+            tree = json.loads(text)
+            if table == "states" and number and rng.random() < 0.3:  # of a later version's, or none
+                tree["settings"][rng.choice(("mood", "own", "scrubbed"))] = rng.choice(ODD)
+            else:
+                tree = spoil_tree(tree, rng)
+            spoiled = dump(tree, rng)
             db.execute(f"UPDATE {table} SET {column} = ?{which}", [spoiled])
             if rng.random() < 0.7:  # with a digest that fits
                 ((about, _),) = db.execute("SELECT * FROM head").fetchall()
@@ -421,16 +435,20 @@ def benches(rng: random.Random | None, folder: Path) -> Case:
     (folder / "r/run.json").write_text(json.dumps(about, indent=1))
     which = rng.choice((0, 0, 1, 2, 2, 3, 4, 5))
     found = {0: ["b/bench.jsonl", "b/images/*", "b/masks/*"], 1: ["b/bench.jsonl", "b/images/*"],
-             2: ["r/study/study_key.json", "answers.json"], 3: ["r/run.json", "r/edits/*/*/*/1.json"],
+             2: ["r/study/study_key.json", "answers.json"],
+             3: ["r/run.json", *(f"r/edits/*/*/*/1.{end}" for end in ("json", "png", "safetensors"))],
              4: ["r/run.json", "r/edits/*/*/*/1.json", "r/edits/*/*/*/1.png"]}[min(which, 4)]  # fmt: skip
     paths = sorted(path for pattern in found for path in folder.glob(pattern))
     path = rng.choice(paths)
+    if which == 3:  # which a run that was killed goes on from
+        for last in folder.glob("r/edits/*/*/*/2.json"):
+            last.unlink()
     if path.suffix in (".json", ".jsonl") and rng.random() < 0.8:
         path.write_text(dump(spoil_tree(json.loads(path.read_text()), rng), rng) + "\n")
     else:
         path.write_bytes(spoil(path.read_bytes(), rng))
-    changes = {f"{path.parent.relative_to(folder)}/1{end}" for path in folder.glob("r/edits/*/*/*/1.json")
-               for end in (".json", ".png", ".safetensors")}  # fmt: skip
+    changes = {f"{path.parent.relative_to(folder)}/{turn}{end}" for path in folder.glob("r/edits/*/*/*/0.png")
+               for turn in (1, 2) for end in (".json", ".png", ".safetensors", "_mask.png")}  # fmt: skip
     return Case(argv[which], changes=("r/run.json", *changes) if which == 3 else (), lines=25)
 
 
@@ -492,7 +510,14 @@ def tokenizers(rng: random.Random | None, folder: Path) -> Case:
         (folder / "tokenizer" / "tokenizer_config.json").write_text(
             rng.choice(("{", "[]", '{"tokenizer_class": "os.system"}'))
         )
-    return Case(argv)
+    return Case(argv, well=numbered)
+
+
+def numbered(folder: Path) -> str | None:
+    """A vocabulary whose tokens are not numbered from 0 on would give another edit without a word."""
+    numbers = [*json.loads((folder / "tokenizer/vocab.json").read_text()).values()]
+    right = {*map(type, numbers)} == {int} and sorted(numbers) == [*range(len(numbers))]
+    return None if right else "accepted a vocabulary without right numbers"
 
 
 def faults(rng: random.Random | None, folder: Path) -> Case:

@@ -170,9 +170,12 @@ def test_a_blip2_that_lacks_tensors_is_refused(tmp_path):
 
     lame = shutil.copytree(BLIP2, tmp_path / "lame")
     state = load_file(lame / "model.safetensors")
-    del state["query_tokens"]
+    tokens = state.pop("query_tokens")
     save_file(state, lame / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="lacks 1 tensors of a BLIP-2, such as query_tokens"):
+        Captioner(lame)
+    save_file(state | {"query_tokens": tokens / 0}, lame / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="lame is damaged: query_tokens is not finite"):
         Captioner(lame)
 
 
