@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         or any(m.partition("=")[2] != "auto" for m in args.mask)
     ):
         raise MaskError("--batch takes the same for every picture: --box and --mask N=auto, no other mask, no --canvas")
+    read_edits(args, list(texts))  # what is wrong for every picture is told once
     found = pictures(args.batch, args.out)
     shard = which_shard(None, dict(os.environ))
     args.device = own_device(args.device, shard, os.environ)

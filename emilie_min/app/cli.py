@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -73,8 +74,8 @@ def run_line(argv: list[str]) -> int:
         os.getcwd()
     except OSError as error:  # for which a library of PyTorch's would end the process
         raise EmilieError(f"the folder that this runs in cannot be used ({error.strerror}): go to another") from error
-    if argv.count("--") > 1:  # for which argparse gives a list in the place of a text
-        top.error("-- is there twice: it stands once, before words that begin with a dash")
+    if argv.count("--") > 1 or any(re.fullmatch("--[a-z].*=--", word) for word in argv):  # argparse makes a list of it
+        top.error("-- is no value: it stands once and alone, before words that begin with a dash")
     args, rest = top.parse_known_args(argv)
     if args.command == "edit" and not any(word.startswith("-") for word in rest):
         args.instructions, rest = args.instructions + rest, []  # argparse stops at the first option in between

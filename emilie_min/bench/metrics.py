@@ -250,6 +250,7 @@ def _load(name: str | Path, model: str, processor: str, device: str) -> tuple:
     from ..checkpoint.networks import not_finite
     from ..loading import pick_device
 
+    hush_hub()
     device, folder, verbosity = pick_device(device), Path(name).is_dir(), logging.get_verbosity()
     kind = getattr(transformers, processor + "Pil", None) or getattr(transformers, processor)  # as in 5.0
     for local in (True,) if folder else (True, False):
@@ -279,10 +280,18 @@ def _load(name: str | Path, model: str, processor: str, device: str) -> tuple:
     return network.eval().to(device), images, tokenizer
 
 
+def hush_hub() -> None:
+    """That it tries again goes unsaid: what comes of it is told in a line."""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+
+
 def is_blip2(name: str | Path) -> bool:
     """By its config; what has none is told by `_load`."""
     import transformers
 
+    hush_hub()
     for local in (True,) if Path(name).is_dir() else (True, False):
         try:
             return transformers.AutoConfig.from_pretrained(name, local_files_only=local).model_type == "blip-2"

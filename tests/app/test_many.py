@@ -73,9 +73,10 @@ def test_a_pattern_and_a_picture_that_is_none(pictures, capsys):
         code, _, err = run("edit", "--batch", "in", NIGHT, *words, *MODEL, capsys=capsys)
         assert code == 2 and "the same for every picture" in err[0]
     for words, told in (([" "], "an instruction is empty"), ([NIGHT, ""], "an instruction is empty"),
-                        (["in/a.png", NIGHT], "is a file and no instruction")):  # fmt: skip
+                        (["in/a.png", NIGHT], "is a file and no instruction"), ([NIGHT, "--own", "1"], "say whose"),
+                        ([NIGHT, "--keep-background"], "without one there is no background")):  # fmt: skip
         code, _, err = run("edit", "--batch", "in", *words, *MODEL, capsys=capsys)
-        assert code == 2 and told in err[0]
+        assert code == 2 and len(err) == 1 and told in err[0]
     Path("o/a_1.png").write_bytes(b"no picture")
     code, _, err = run("edit", "--batch", "in/a.png", NIGHT, "--out", "o", *MODEL, capsys=capsys)
     assert code == 2 and "of another run" in err[0]
