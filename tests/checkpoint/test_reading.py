@@ -149,7 +149,7 @@ def test_what_is_mapped_is_let_go(tmp_path, monkeypatch):
     save_file({"x": torch.ones(2)}, tmp_path / "a.safetensors")
     reader = reading.Reader(tmp_path / "a.safetensors", reading.index(tmp_path / "a.safetensors"))
     reader.get("x", "cpu", None)
-    assert reader.files
+    assert reader.files and reading.HELD <= 2**28
     monkeypatch.setattr(reading, "HELD", reader.held)
     reader.get("x", "cpu", None)
     assert not reader.files
