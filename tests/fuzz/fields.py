@@ -12,6 +12,7 @@ import struct
 import zipfile
 import zlib
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -22,7 +23,12 @@ from .judge import Case
 from .kinds import EVIL, MODEL, NIGHT, RANDOM, TINY, dump, same_canvas, spoil, spoil_tree
 
 NUMBERS = (0, 1, 2, 7, 8, 16, 32, 33, 255, 256, 65535, 65536, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
-BOMB = zlib.compress(bytes(2**28), 9)  # 260 KB
+
+
+@cache
+def bomb() -> bytes:
+    """256 MB of zeros in 260 KB."""
+    return zlib.compress(bytes(2**28), 9)
 
 
 # ---- pictures
@@ -42,9 +48,9 @@ def png(rng: random.Random, image: Image.Image) -> bytes:
     image.save(out, "PNG")
     chunks = png_chunks(out.getvalue())
     more = {
-        b"iCCP": [b"x\0\0" + BOMB, b"x\0\0" + zlib.compress(profile(rng)), b"x\0\1", b"x" * 100, b""],
-        b"zTXt": [b"a\0\0" + BOMB, b"a\0\7x", EVIL.encode() + b"\0\0" + zlib.compress(EVIL.encode())],
-        b"iTXt": [b"a\0\1\0\0\0" + BOMB, b"a\0\0\0\0\0" + EVIL.encode(), b"emilie\0\0\0\0\0{", b""],
+        b"iCCP": [b"x\0\0" + bomb(), b"x\0\0" + zlib.compress(profile(rng)), b"x\0\1", b"x" * 100, b""],
+        b"zTXt": [b"a\0\0" + bomb(), b"a\0\7x", EVIL.encode() + b"\0\0" + zlib.compress(EVIL.encode())],
+        b"iTXt": [b"a\0\1\0\0\0" + bomb(), b"a\0\0\0\0\0" + EVIL.encode(), b"emilie\0\0\0\0\0{", b""],
         b"tEXt": [b"emilie\0" + b"[" * 10**5, EVIL.encode(), b""],
         b"gAMA": [struct.pack(">I", rng.choice(NUMBERS)), b"", b"\0"],
         b"cHRM": [struct.pack(">8I", *(rng.choice(NUMBERS) for _ in range(8))), bytes(32), b"\0" * 5, b""],
@@ -58,7 +64,7 @@ def png(rng: random.Random, image: Image.Image) -> bytes:
         b"fcTL": [struct.pack(">IIIIIHHBB", *(rng.choice(NUMBERS) & 0xFFFF for _ in range(9 - 2)), 1, 1), b""],
         b"fdAT": [b"\0\0\0\1" + chunks[1][1], b""],
         b"eXIf": [b"MM\0*" + struct.pack(">I", n) + rng.randbytes(40) for n in (0, 8, 2**31, 4)],
-        b"IDAT": [BOMB, b"", b"x"],
+        b"IDAT": [bomb(), b"", b"x"],
         b"CgBI": [b"\x50\0\x20\2"],
         b"\x1b[3m": [b""],
     }
