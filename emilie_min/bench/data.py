@@ -34,6 +34,7 @@ import random
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -266,8 +267,17 @@ def write(folder: str | Path, items: Iterable[Item]) -> str:
     except (OSError, UnicodeError) as error:
         raise BenchError(f"{folder} cannot be written: {error}") from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _remove(unfinished)
     return summary
+
+
+def _remove(folder: Path) -> None:
+    """With one file open at a time: `shutil.rmtree` has more, for which there may be no room."""
+    for here, _, names in os.walk(folder, topdown=False):
+        with suppress(OSError):
+            for name in names:
+                os.unlink(os.path.join(here, name))
+            os.rmdir(here)
 
 
 def _record(item: Item, folder: Path) -> dict:

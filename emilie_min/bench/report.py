@@ -15,12 +15,15 @@ import csv
 import hashlib
 import io
 import json
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 
@@ -399,9 +402,12 @@ def _picture(path: Path, about: str, mask: Path | None = None, right: bool | Non
 
 def curves(results: Results, name: str, names: list[str], caption: str) -> Figure:
     """A panel for each metric: its mean over items by turn, one line a method, with bands for the intervals."""
+    logging.getLogger("matplotlib").addHandler(logging.NullHandler())  # else it tells where its caches lie
     try:
-        import matplotlib
-        from matplotlib import figure, ticker
+        with patch.dict(os.environ):
+            os.environ.pop("MPLBACKEND", None)  # of its windows, of which there is none
+            import matplotlib
+            from matplotlib import figure, ticker
     except ImportError as error:
         raise BenchError("figures need matplotlib: pip install 'emilie_min[bench]'") from error
 

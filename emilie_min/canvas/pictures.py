@@ -229,6 +229,8 @@ def read_file(file: BinaryIO, source: Source, suffix: str = "") -> Image.Image:
             file.seek(0)
             return read_otherwise(file, head, source, cause)
         refuse_size(image.size, source, file.seek(0, io.SEEK_END))
+        if image.mode == "1" and not source.sizes and image.width * image.height > MANY:
+            source.fail(f"has {image.width}x{image.height} px of black and white alone: scale it down first")
         if image.format == "TIFF":
             refuse_raw_tiff(image, source)
             if deep_planes(image.tag_v2):

@@ -496,6 +496,15 @@ def test_sizes_are_looked_at_before_pixels(monkeypatch):
             images.read_image(bomb)
 
 
+def test_a_large_picture_of_one_bit_is_no_photo_but_may_be_a_mask(monkeypatch):
+    saved = io.BytesIO()
+    Image.new("1", (4500, 4500), 1).save(saved, "TIFF", compression="raw")
+    assert images.read_mask(saved.getvalue(), (4500, 4500), (64, 64)).size == (64, 64)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("pixels were decoded"))
+    with pytest.raises(ImageError, match="4500x4500 px of black and white alone: scale it down"):
+        images.read_image(saved.getvalue())
+
+
 def test_a_mask_of_another_size_is_not_unpacked(monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("pixels were decoded"))
     with pytest.raises(MaskError, match="make them the same size"):

@@ -4,6 +4,7 @@ import ast
 import builtins
 import errno
 import json
+import logging
 import os
 import resource
 import shutil
@@ -83,6 +84,18 @@ def breaks(name: str):
     return before
 
 
+@pytest.mark.parametrize("name, value", [("MPLBACKEND", "-1"), ("MPLCONFIGDIR", "/dev/full")])
+def test_settings_of_matplotlib_change_no_report(name, value, folder):
+    def set_anew():
+        os.environ[name] = value
+        logging.getLogger().handlers.clear()  # pytest's, which would hear what else goes to the terminal
+        for loaded in [module for module in sys.modules if module.startswith("matplotlib")]:
+            del sys.modules[loaded]
+
+    pytest.importorskip("matplotlib")
+    assert judge(Case(["bench", "report", "r", "--out", "p"], False, before=set_anew), folder)[0] == []
+
+
 @pytest.mark.parametrize("name", ["an edit", "convert"])
 @pytest.mark.parametrize("how", ["fsync", "replace", 4096, 300_000])
 def test_a_full_disk(name, how, folder):
@@ -118,6 +131,9 @@ def test_too_many_open_files_and_no_memory(folder):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     for limits in ({resource.RLIMIT_NOFILE: 4}, {resource.RLIMIT_AS: used + 3_000_000}):
         assert judge(Case(EDIT, True, limits=limits), folder)[0] == []
+    make = ["bench", "make", "b2", "--scenes", "2", "--turns", "1"]
+    for most in (4, 5, 6):  # of which one is enough to begin its folder and not to go on
+        assert judge(Case(make, limits={resource.RLIMIT_NOFILE: most}), folder)[0] == []
 
 
 @pytest.mark.parametrize(
