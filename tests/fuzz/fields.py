@@ -467,7 +467,7 @@ def zips(rng: random.Random | None, folder: Path) -> Case:
 
 def yamls(rng: random.Random | None, folder: Path) -> Case:
     path, text = folder / "c.yaml", yaml.safe_dump(TINY)
-    argv = ["edit", "photo.png", NIGHT, "--config", path.name, *RANDOM]
+    argv = ["edit", "photo.png", NIGHT, "--config", path.name, "--steps", "1", "--resolution", "64", *RANDOM]
     path.write_text(text)
     if rng is None:
         return Case(argv, False)

@@ -407,7 +407,7 @@ def canvases(rng: random.Random | None, folder: Path) -> Case:
 
 def configs(rng: random.Random | None, folder: Path) -> Case:
     path = folder / "c.yaml"
-    argv = ["edit", "photo.png", NIGHT, "--config", path.name, *RANDOM]
+    argv = ["edit", "photo.png", NIGHT, "--config", path.name, "--steps", "1", "--resolution", "64", *RANDOM]
     path.write_text(yaml.safe_dump(TINY))
     if rng is None:
         return Case(argv, False)
