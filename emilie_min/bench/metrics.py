@@ -547,7 +547,7 @@ def bootstrap(
     whose interval would have no width where all of a few items are right. The percentiles lie as much further out as
     Student's t with so few items does (the expanded percentiles of Hesterberg 2015).
     """
-    from scipy import stats
+    from scipy import special  # all of SciPy's statistics take longer to import
 
     rows = [np.array([np.nan if v is None else v for v in values], float) for values in values_by_item.values()]
     missing = sum(int(np.isnan(row).sum()) for row in rows)
@@ -562,7 +562,7 @@ def bootstrap(
     counts = np.vstack([counts, *(run for _ in pseudo)])
     drawn = resampled(sums, counts, times_drawn(seeds, n, seed), times_drawn(len(sums), n, seed + 1))
     spare = len(means) - 1
-    tail = 100 * stats.norm.cdf(np.sqrt(len(means) / spare) * stats.t.ppf(0.025, spare))
+    tail = 100 * special.ndtr(np.sqrt(len(means) / spare) * special.stdtrit(spare, 0.025))
     return Interval(float(means.mean()), *map(float, np.nanpercentile(drawn, (tail, 100 - tail))), len(means), missing)
 
 
