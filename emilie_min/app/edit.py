@@ -2,6 +2,7 @@
 
 import argparse
 import glob
+import itertools
 import os
 import re
 import time
@@ -336,8 +337,12 @@ def read_own(text: str) -> dict:
     from ..canvas.regions import own_settings
 
     pairs = [(name.strip(), value.strip()) for name, _, value in (part.partition("=") for part in text.split(";"))]
-    whole = re.compile(r"[+-]?\d{1,100}")
-    return own_settings({n: int(v) if n == "seed" and whole.fullmatch(v) else v for n, v in pairs})
+    return own_settings({n: as_written(v) if n == "seed" else v for n, v in pairs})
+
+
+def as_written(text: str) -> int | str:
+    """A whole number that is written out; what is none stays a text, for its own check to refuse."""
+    return int(text) if re.fullmatch(r"\s*[+-]?\d{1,100}\s*", text) else text
 
 
 def place_and_text(what: str) -> tuple[str, str]:
@@ -376,9 +381,7 @@ def claimed(
     """
     while len(os.fsencode(stem)) > LONGEST_STEM:
         stem = stem[:-1]
-    count = 1
-    while True:
-        name = stem if count == 1 else f"{stem}-{count}"
+    for name in numbered(stem):
         session = canvas or folder / f"{name}.canvas"
         strip = folder / (f"{name}_{numbers[-1]}_strip.png" if going_on else f"{name}_strip.png")
         paths = [folder / f"{name}_{number}.png" for number in numbers] + [strip]
@@ -389,12 +392,9 @@ def claimed(
                 yield name, session
                 return
         finally:
-            for path in made:
-                if path.exists() and not path.stat().st_size:
-                    path.unlink()
+            drop_empty(made)
         if made and canvas:
             raise CanvasError(f"{canvas} was made by another run meanwhile: name another file with --canvas")
-        count += 1
 
 
 @contextmanager
@@ -410,13 +410,21 @@ def gone_without_edits(session: Path | None, canvas) -> Iterator[None]:
 @contextmanager
 def picture_of_its_own(folder: Path, stem: str, end: str = "") -> Iterator[Path]:
     """A name for a picture that no other file has, as `claimed` finds one; the file goes if nothing is written."""
-    count, path = 1, folder / f"{stem}{end}.png"
-    while not make_new([path]):
-        count += 1
-        path = folder / f"{stem}-{count}{end}.png"
+    path = next(path for name in numbered(stem) if make_new([path := folder / f"{name}{end}.png"]))
     try:
         yield path
     finally:
+        drop_empty([path])
+
+
+def numbered(stem: str) -> Iterator[str]:
+    """Names to try: `stem`, `stem-2`, ..."""
+    return itertools.chain([stem], (f"{stem}-{count}" for count in itertools.count(2)))
+
+
+def drop_empty(paths: list[Path]) -> None:
+    """Of the files that were made for their names, those to which nothing was written."""
+    for path in paths:
         if path.exists() and not path.stat().st_size:
             path.unlink()
 

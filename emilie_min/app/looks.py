@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 from ..canvas.settings import Settings, as_finite, as_int
 from ..errors import InstructionError, SamplingError, say
 from . import language
-from .edit import picture_of_its_own, read_box, resolution, what_changed
+from .edit import as_written, picture_of_its_own, read_box, resolution, what_changed
 from .options import add_model_options, add_path_options, load_editor, tell_foreign, writable
 
 MOST = 100  # cells of a grid
@@ -51,10 +50,6 @@ def numbers(text: str, name: str, read: Callable = as_finite) -> list:
     return list(dict.fromkeys(values))
 
 
-def read_seed(text: str, name: str) -> int:
-    return as_int(int(text) if re.fullmatch(r"\s*[+-]?\d{1,100}\s*", text) else text, name)
-
-
 def opened(args: argparse.Namespace, seed: int = 0):
     """The photo of these options, of the working size that an edit would have."""
     from ..canvas import images
@@ -87,7 +82,7 @@ def run_grid(args: argparse.Namespace) -> None:
     from ..canvas import about, images, where
     from ..canvas.strip import sheet
 
-    seeds = numbers(args.seeds, "--seeds", read_seed)
+    seeds = numbers(args.seeds, "--seeds", lambda text, name: as_int(as_written(text), name))
     given = {
         name: None if getattr(args, name) is None else numbers(getattr(args, name), f"--{name.replace('_', '-')}")
         for name in TIMES

@@ -331,8 +331,8 @@ def endpoints(page: gr.Blocks, editor: Editor, networks: Networks, on: SimpleNam
             Parameter(c.label, kind, default=Parameter.empty if c.label in needed else c.value) for c in inputs
         ]  # by which names a script gives them
         handler.__signature__ = Signature([Parameter("visitor", kind), *given])
-        more = dict(api_name=name, api_description=about, concurrency_id="networks", concurrency_limit=1)
-        more |= dict(preprocess=False, api_visibility="public")
+        more = dict(api_name=name, api_description=about, concurrency_id="networks", concurrency_limit=1,
+                    preprocess=False, api_visibility="public")  # fmt: skip
         outputs = [on.visitor, status, picture]
         gr.Button(visible=False).click(handler, [on.visitor, *inputs], outputs, **more)
 

@@ -251,11 +251,10 @@ def write(folder: str | Path, items: Iterable[Item]) -> str:
             raise BenchError(f"there is no folder {folder.parent}: make it or name another")
         unfinished.mkdir()
         with open(unfinished / FILE, "w", encoding="utf-8", newline="\n") as f:
-            count = 0
-            for count, item in enumerate(items, 1):  # noqa: B007
+            for item in items:
                 f.write(json.dumps(_record(item, unfinished), ensure_ascii=False) + "\n")
-        if not count:
-            raise BenchError(f"{folder} is not written: there is no item to put into it")
+            if not f.tell():
+                raise BenchError(f"{folder} is not written: there is no item to put into it")
         try:
             summary = check(unfinished)
         except BenchError as error:

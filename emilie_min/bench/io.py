@@ -1,11 +1,10 @@
 """What comes from files: JSON of a known shape and pictures. Nothing here needs PyTorch."""
 
-import io
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ..canvas.pictures import TIFF, Source, formats, quiet, refuse_foreign, refuse_size, unknown
+from ..canvas.pictures import TIFF, Source, identified, quiet, unknown
 from ..checkpoint.schema import Shape, fault, parse
 from ..errors import BenchError, hushed, plain_file, printable
 
@@ -31,12 +30,9 @@ def open_picture(path: str | Path) -> Image.Image:
     with quiet(source):
         plain_file(path)
         with open(path, "rb") as file, hushed((head := file.read(4096))[:4] in TIFF):
-            refuse_foreign(head, Path(path).suffix.lower(), source)
-            file.seek(0)
             try:
-                image = Image.open(file, formats=formats())
+                image = identified(file, head, Path(path).suffix.lower(), source)
             except UnidentifiedImageError as cause:
                 source.fail(unknown(head), cause)
-            refuse_size(image.size, source, file.seek(0, io.SEEK_END))
             image.load()
             return image

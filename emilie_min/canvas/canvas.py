@@ -51,7 +51,7 @@ def open(
             raise CanvasError(f"{source} is a session, which has its seed, resolution and part already: leave them out")
         return Canvas(editor, **session.read(source, editor))
     seed, original, defaults = as_int(seed, "seed"), images.read_image(source), editor.config.sampling
-    native = isinstance(resolution, str) and resolution == "native"
+    native = images.is_native(resolution)
     resolution = defaults.resolution if resolution is None else resolution
     multiple = editor.vae.factor * 2**editor.unet.num_downsamples if native else defaults.multiple
     if part is None:

@@ -62,13 +62,18 @@ def png_texts(about: Mapping[str, str]) -> PngInfo:
     return texts
 
 
+def is_native(resolution: object) -> bool:
+    """Whether a picture is to be worked on at its own size; an array, say, is no such word."""
+    return isinstance(resolution, str) and resolution == "native"
+
+
 def fit_size(size: tuple[int, int], resolution: int | str, multiple: int) -> tuple[int, int]:
     """The working size for a picture of (width, height): InstructPix2Pix's rule, or "native": each side rounded down.
 
     The longer side comes near `resolution`, both become multiples of `multiple`, 64 in the original. Raises ImageError.
     """
     width, height = size
-    if isinstance(resolution, str) and resolution == "native":
+    if is_native(resolution):
         width, height = width // multiple * multiple, height // multiple * multiple
         if not width or not height:
             raise ImageError(f"{size[0]}x{size[1]} px is too small to be edited at its own size: give a resolution")
@@ -91,7 +96,7 @@ def near_size(size: tuple[int, int], resolution: int | str, multiple: int) -> tu
     The longer side comes near `resolution`; the sides' proportion changes by what rounding to multiples changes, and
     changes back where the result is brought to the picture's own size. Raises ImageError.
     """
-    if isinstance(resolution, str) and resolution == "native":
+    if is_native(resolution):
         raise ImageError('a part of a picture is worked on at a resolution in px, not "native"')
     fit_size(size, resolution, multiple)  # which says what a resolution may be
     scale = operator.index(resolution) / max(size)

@@ -24,8 +24,7 @@ def open_photo(photo: Image.Image, editor: Editor, seed: int = 0, resolution: in
     """
     if not isinstance(photo, Image.Image):
         raise ImageError(f"a photo is a PIL image, as images.read_image gives it, not {quote(photo)}")
-    native = isinstance(resolution, str) and resolution == "native"
-    whole = None if native else (0, 0, *photo.size)
+    whole = None if images.is_native(resolution) else (0, 0, *photo.size)
     return Photo(photo, open_canvas(photo, editor, seed, resolution, whole))
 
 

@@ -221,14 +221,11 @@ def unknown(head: bytes) -> str:
 def read_file(file: BinaryIO, source: Source, suffix: str = "") -> Image.Image:
     head = file.read(4096)
     with quiet(source), hushed(head[:4] in TIFF):
-        refuse_foreign(head, suffix, source)
-        file.seek(0)
         try:
-            image = Image.open(file, formats=formats())
+            image = identified(file, head, suffix, source)
         except Image.UnidentifiedImageError as cause:
             file.seek(0)
             return read_otherwise(file, head, source, cause)
-        refuse_size(image.size, source, file.seek(0, io.SEEK_END))
         if image.mode == "1" and not source.sizes and image.width * image.height > MANY:
             source.fail(f"has {image.width}x{image.height} px of black and white alone: scale it down first")
         if image.format == "TIFF":
@@ -241,6 +238,18 @@ def read_file(file: BinaryIO, source: Source, suffix: str = "") -> Image.Image:
         if image.tile and all(layout(tile) in OTHER_BYTE or layout(tile) == "LA;16B" for tile in image.tile):
             return read_deep_colours(image, file, source)
         return upright(image, source)
+
+
+def identified(file: BinaryIO, head: bytes, suffix: str, source: Source) -> Image.Image:
+    """A file that begins like this as one of FORMATS, before its pixels are decoded.
+
+    Raises UnidentifiedImageError and, for what is no picture or has too many pixels, the source's error.
+    """
+    refuse_foreign(head, suffix, source)
+    file.seek(0)
+    image = Image.open(file, formats=formats())
+    refuse_size(image.size, source, file.seek(0, io.SEEK_END))
+    return image
 
 
 def refuse_size(size: tuple[int, int], source: Source, nbytes: int | None = None) -> None:

@@ -12,7 +12,7 @@ RESCALES = ("paper", "signed", "exact", "none")  # how f is found: see `Canvas.i
 ITERATES = ("latent", "image")  # what the next edit starts from
 SAMPLERS = ("euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde")
 OWN = ("text_scale", "image_scale", "negative", "seed")  # what a region of several can set for itself
-MOST = 10**100  # digits of a seed, which follow it into every file
+MOST = 10**100  # of a seed, whose digits follow it into every file
 CHOICES = {"gate": GATES, "rescale": RESCALES, "iterate": ITERATES, "sampler": SAMPLERS}
 
 
